@@ -1,0 +1,54 @@
+"""switchkit: Switch Transformers and every other Mixture-of-Experts routing scheme, on PyTorch Lightning.
+
+Importing the package imports nothing heavy; each public name is fetched when first used. Registered parts are public
+names too (``from switchkit import TopK, Factor, Sorted``), your own included once registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Routing": "records",
+    "Rows": "records",
+    "load": "records",
+    "mean_probs": "records",
+    "mean_square_logsumexp": "records",
+    "register": "registry",
+    "named": "registry",
+    "Router": "routing.base",
+    "CapacityPolicy": "capacity.base",
+    "Experts": "experts.base",
+    "Loss": "losses.base",
+    "Dispatcher": "dispatch.base",
+    "MoELayer": "layers",
+    "Decoder": "models",
+    "every": "models",
+    "last": "models",
+    "AdamW": "module",
+    "LanguageModule": "module",
+    "CharTokenizer": "data",
+    "TextData": "data",
+    "RoutingMetrics": "metrics",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name[:1].isupper():
+        from switchkit import registry
+
+        for cls in registry._all().values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
