@@ -1,0 +1,1 @@
+"""Capacity policies: how many tokens an expert takes, and which ones."""

@@ -1,0 +1,105 @@
+"""Capacity policies that follow from the sizes alone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Literal
+
+from switchkit.capacity.base import CapacityPolicy
+from switchkit.registry import register
+
+__all__ = ["Dropless", "Factor", "Fixed"]
+
+Rounding = Literal["ceil", "floor", "round"]
+
+
+@register("factor")
+class Factor(CapacityPolicy):
+    """Capacity as a multiple of the even share: ``factor * K * S / E`` tokens of a group for each expert.
+
+    `train` and `eval` are the factors in the two modes, None meaning dropless: training drops what exceeds 1.25 times
+    the even share (Table 1 of the source), evaluation nothing. The product is exact (1.2 means 6/5), then `rounding`
+    applies ("round" goes to the even number at a half), then `minimum`, then the next `multiple`.
+
+    Raises:
+        ValueError: a factor that is not a finite number above 0, a minimum or multiple below 1, an unknown rounding.
+
+    Source: arXiv 2101.03961, equation 3.
+    """
+
+    def __init__(
+        self,
+        train: float | None = 1.25,
+        eval: float | None = None,
+        *,
+        rounding: Rounding = "ceil",
+        minimum: int = 1,
+        multiple: int = 1,
+    ) -> None:
+        self.train, self.eval = train, eval
+        self.rounding, self.minimum, self.multiple = rounding, minimum, multiple
+        self._train, self._eval = (_exact(name, factor) for name, factor in (("train", train), ("eval", eval)))
+        if rounding not in ("ceil", "floor", "round"):
+            raise ValueError(f"rounding must be 'ceil', 'floor' or 'round'; got {rounding!r}")
+        for name, value in (("minimum", minimum), ("multiple", multiple)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+
+    def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
+        ratio = self._train if training else self._eval
+        if ratio is None:
+            return None
+        # Integers throughout: exact, and torch.compile follows them.
+        above, below = ratio[0] * K * S, ratio[1] * E
+        if self.rounding == "ceil":
+            capacity = -(-above // below)
+        elif self.rounding == "floor":
+            capacity = above // below
+        else:
+            capacity = (2 * above + below) // (2 * below)
+            if (2 * above + below) % (2 * below) == 0 and capacity % 2 == 1:
+                capacity -= 1
+        return -(-max(capacity, self.minimum) // self.multiple) * self.multiple
+
+
+@register("fixed")
+class Fixed(CapacityPolicy):
+    """The same number of tokens of a group for each expert, whatever the group's length.
+
+    `train` and `eval` are the numbers in the two modes, None meaning dropless. 64 is Hugging Face's `expert_capacity`.
+
+    Raises:
+        ValueError: a number below 1.
+
+    Source: `expert_capacity` of SwitchTransformersConfig, Hugging Face transformers.
+    """
+
+    def __init__(self, train: int | None = 64, eval: int | None = None) -> None:
+        for name, value in (("train", train), ("eval", eval)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} capacity must be at least 1, or null for dropless; got {value}")
+        self.train, self.eval = train, eval
+
+    def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
+        return self.train if training else self.eval
+
+
+@register("dropless")
+class Dropless(CapacityPolicy):
+    """Every expert takes every token that comes: nothing is dropped.
+
+    Source: arXiv 2211.15841 (MegaBlocks).
+    """
+
+    def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
+        return None
+
+
+def _exact(name: str, factor: float | None) -> tuple[int, int] | None:
+    """A factor as a ratio of integers, read from its decimal form so that 1.2 is 6/5."""
+    if factor is None:
+        return None
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"capacity factor {name} must be a finite number > 0, or null for dropless; got {factor}")
+    return Fraction(str(factor)).as_integer_ratio()

@@ -1,0 +1,98 @@
+"""Feed-forward experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from switchkit.experts.base import ACTIVATIONS, Activation, Experts, check, init_linear
+from switchkit.experts.grouped import grouped_linear
+from switchkit.records import Rows
+from switchkit.registry import register
+
+__all__ = ["GatedMlp", "Mlp"]
+
+
+@register("mlp")
+class Mlp(Experts):
+    """``act(x W1) W2``, ReLU and no bias by default (T5, and the paper's experts).
+
+    `dropout` is the expert dropout: on the hidden activations of the experts alone, apart from the model's dropout.
+    Weights are independent draws, truncated normal with std ``sqrt(0.1 / fan_in)``.
+
+    Raises:
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation.
+
+    Source: arXiv 2101.03961, sections 2.1 and 2.4.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        activation: Activation = "relu",
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.activation, self.dropout = check(activation, dropout)
+        self.w1 = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, d_ff)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(num_experts, d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_linear(self.w1, self.d_model)
+        init_linear(self.w2, self.d_ff)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
+        hidden = ACTIVATIONS[self.activation](grouped_linear(rows.x, rows, self.w1, self.b1))
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return grouped_linear(hidden, rows, self.w2, self.b2)
+
+
+@register("gated_mlp")
+class GatedMlp(Experts):
+    """``(act(x Wg) * (x W1)) W2``, SiLU by default (SwiGLU).
+
+    `dropout` is the expert dropout, on the product. Weights are drawn as those of `mlp`.
+
+    Raises:
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation.
+
+    Source: arXiv 2002.05202 (GLU variants), equation 6.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        activation: Activation = "silu",
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.activation, self.dropout = check(activation, dropout)
+        # Gate and value side by side: one product for both.
+        self.w1 = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_ff))
+        self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, 2 * d_ff)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(num_experts, d_model)) if bias else None
+        self.reset_parameters()
+
+    reset_parameters = Mlp.reset_parameters
+
+    def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
+        gate, value = grouped_linear(rows.x, rows, self.w1, self.b1).chunk(2, dim=-1)
+        hidden = F.dropout(ACTIVATIONS[self.activation](gate) * value, self.dropout, self.training)
+        return grouped_linear(hidden, rows, self.w2, self.b2)

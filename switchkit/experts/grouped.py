@@ -1,0 +1,174 @@
+"""One matrix product per expert, over rows in either layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchkit.records import Rows
+
+__all__ = ["grouped_linear"]
+
+FEW_ROWS = 96
+"""Rows per expert below which, on a CPU, one grouped call beats a loop of products (measured by `switchkit bench`)."""
+
+
+def grouped_linear(
+    x: Float[Tensor, "*layout I"], rows: Rows, weight: Float[Tensor, "E I O"], bias: Float[Tensor, "E O"] | None = None
+) -> Float[Tensor, "*layout O"]:
+    """``x[row] @ weight[e] + bias[e]`` for each row of expert e; zeros for rows of no expert. Differentiable once.
+
+    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dim() == 3:
+        y = torch.bmm(x, weight)
+        return y if bias is None else y + bias.unsqueeze(1).to(y.dtype)
+    if rows.sizes is not None:
+        y = _Loop.apply(x, weight, rows.sizes)
+    elif x.device.type == "cuda" and x.dtype == torch.bfloat16:
+        y = _OnDevice.apply(x, weight, rows.load)
+    else:
+        y = loop(x, weight, rows.load)
+    if bias is None:
+        return y
+    # Rows of no expert get the bias of an extra, zero one.
+    spare = (x.shape[0] - rows.load.sum()).unsqueeze(0)
+    of_row = F.pad(bias, (0, 0, 0, 1)).to(y.dtype)
+    return y + of_row.repeat_interleave(torch.cat([rows.load, spare]), 0, output_size=x.shape[0])
+
+
+def _products(x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Row blocks times their expert's matrix, into one buffer whose spare rows are zero."""
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    used = sum(sizes)
+    if _few(x, weight, used):
+        out[:used] = F.grouped_mm(x[:used], weight, offs=_ends(sizes))
+    else:
+        start = 0
+        for size, matrix in zip(sizes, weight.unbind(0), strict=True):
+            if size:
+                torch.mm(x[start : start + size], matrix, out=out[start : start + size])
+            start += size
+    out[used:] = 0
+    return out
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``x^T grad`` of each expert's block; zeros for an expert without rows."""
+    used = sum(sizes)
+    if _few(x, weight, used) and all(sizes):
+        return F.grouped_mm(x[:used].t(), grad[:used], offs=_ends(sizes))
+    out = torch.empty_like(weight)
+    start = 0
+    for size, matrix in zip(sizes, out.unbind(0), strict=True):
+        if size:
+            torch.mm(x[start : start + size].t(), grad[start : start + size], out=matrix)
+        else:
+            matrix.zero_()
+        start += size
+    return out
+
+
+def _few(x: Tensor, weight: Tensor, used: int) -> bool:
+    """True where one call for all experts is faster than a loop and allowed (strides of 16 bytes, some rows)."""
+    per_16_bytes = 16 // x.element_size()
+    return (
+        x.dtype == torch.float32
+        and 0 < used < FEW_ROWS * weight.shape[0]
+        and weight.shape[1] % per_16_bytes == 0
+        and weight.shape[2] % per_16_bytes == 0
+    )
+
+
+def _ends(sizes: tuple[int, ...]) -> Int[Tensor, "E"]:
+    return torch.tensor(sizes).cumsum(0).to(torch.int32)
+
+
+class _Loop(torch.autograd.Function):
+    """The products where sizes are known: a loop over experts without a copy of any slice of the weights.
+
+    Indexing a stacked parameter in a loop would make autograd fill a full-size gradient per expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        return _products(x, weight, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = _products(grad, weight.transpose(1, 2), ctx.sizes) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(x, grad, weight, ctx.sizes) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+class _OnDevice(torch.autograd.Function):
+    """The products with loads that stay on the device: no wait for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+        ends = load.cumsum(0).to(torch.int32)
+        ctx.save_for_backward(x, weight, load, ends)
+        return _clear(F.grouped_mm(x, weight, offs=ends), ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, load, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = _clear(F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), ends)
+        grad_weight = F.grouped_mm(x.t(), grad, offs=ends)
+        # An expert without rows gets memory as it was: clear it.
+        return grad_x, grad_weight.masked_fill_((load == 0).view(-1, 1, 1), 0), None
+
+
+def _clear(rows: Tensor, ends: Tensor) -> Tensor:
+    """Zeros in the rows past the last end, which `grouped_mm` leaves as the memory was."""
+    spare = torch.arange(rows.shape[0], device=rows.device) >= ends[-1]
+    return rows.masked_fill_(spare.unsqueeze(-1), 0)
+
+
+@torch.library.custom_op("switchkit::grouped_linear", mutates_args=())
+def loop(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """The loop as one operator that torch.compile takes as it is; reads the loads, so on a GPU it waits for them."""
+    return _products(x, weight, tuple(load.tolist()))
+
+
+@torch.library.custom_op("switchkit::grouped_linear_weight_gradient", mutates_args=())
+def loop_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """The gradient of `loop` for its weight."""
+    return _weight_gradient(x, grad.contiguous(), weight, tuple(load.tolist()))
+
+
+@loop.register_fake
+def _(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@loop_weight_gradient.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _loop_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, load = ctx.saved_tensors
+    return loop(grad.contiguous(), weight.transpose(1, 2), load), loop_weight_gradient(x, grad, weight, load), None
+
+
+loop.register_autograd(_loop_backward, setup_context=_keep)

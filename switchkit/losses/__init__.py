@@ -1,0 +1,1 @@
+"""Losses on the routing records of a model."""

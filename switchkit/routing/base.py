@@ -1,0 +1,113 @@
+"""What every router is."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from switchkit.records import Routing
+
+__all__ = ["LinearRouter", "Router", "RouterFactory", "check_k", "token_choice"]
+
+
+class Router(nn.Module):
+    """Decides the assignments of one sparse layer.
+
+    A subclass sets the integer `k` (mean choices of a token) and defines `forward`. It computes in float32 at least,
+    outside autocast (selective precision, section 2.4 of arXiv 2101.03961), draws random numbers in training only and
+    from torch's generator, and changes nothing on itself.
+    """
+
+    k: int = 1
+    needs_ids: ClassVar[bool] = False
+    """True: `forward` needs the token ids, as a hash router does."""
+    leaks: str | None = None
+    """Why a causal model would see the future with this router; None: it would not."""
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        self.d_model, self.num_experts = d_model, num_experts
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "G S D"],
+        limit: int | None,
+        valid: Bool[Tensor, "G S"],
+        ids: Int[Tensor, "G S"] | None = None,
+    ) -> Routing:
+        """Route each group of tokens; `limit` is the capacity, for routers that need one to choose (None: dropless)."""
+        raise NotImplementedError
+
+
+class RouterFactory(Protocol):
+    """Anything that builds a router for given sizes: a class, a `functools.partial`, a YAML part."""
+
+    def __call__(self, *, d_model: int, num_experts: int) -> Router: ...
+
+
+class LinearRouter(Router):
+    """A router whose logits are one matrix product, in float32 or better.
+
+    Initialised by a truncated normal, std ``sqrt(0.1 / d_model)`` (section 2.4 of arXiv 2101.03961).
+    """
+
+    def __init__(self, d_model: int, num_experts: int, *, jitter: float = 0.0) -> None:
+        super().__init__(d_model, num_experts)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must be in [0, 1); got {jitter}")
+        self.jitter = jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        std = math.sqrt(0.1 / self.d_model)
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def logits(self, tokens: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
+        """``x W^T`` of the tokens, jittered in training."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            if self.training and self.jitter:
+                # Out of place: the experts see the tokens without noise.
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            return F.linear(x, self.weight.to(x.dtype))
+
+
+def check_k(k: int, num_experts: int) -> int:
+    """`k`, or a ValueError that says what would do."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} choices of a token are impossible: k must be from 1 to num_experts={num_experts}")
+    return k
+
+
+def token_choice(
+    logits: Float[Tensor, "G S E"],
+    probs: Float[Tensor, "G S E"],
+    expert: Int[Tensor, "G S K"],
+    weight: Float[Tensor, "G S K"],
+    valid: Bool[Tensor, "G S"],
+    chosen: Bool[Tensor, "G S K"] | None = None,
+) -> Routing:
+    """The record of a router where each token chooses K experts; padding is never chosen."""
+    groups, size, k = expert.shape
+    token = torch.arange(size, device=expert.device).repeat_interleave(k).expand(groups, size * k)
+    made = valid.unsqueeze(-1).expand_as(expert)
+    if chosen is not None:
+        made = made & chosen
+    return Routing(
+        logits=logits,
+        probs=probs,
+        token=token,
+        expert=expert.reshape(groups, size * k),
+        weight=weight.reshape(groups, size * k),
+        chosen=made.reshape(groups, size * k),
+        valid=valid,
+        k=k,
+    )
