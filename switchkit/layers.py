@@ -1,0 +1,211 @@
+"""The sparse layer, and the transformer blocks around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from switchkit.capacity.base import CapacityFactory
+from switchkit.capacity.policies import Dropless
+from switchkit.dispatch.base import DispatcherFactory, sum_choices
+from switchkit.dispatch.sorted import Sorted
+from switchkit.experts.base import ExpertsFactory, init_linear
+from switchkit.experts.feed_forward import Mlp
+from switchkit.records import Routing
+from switchkit.routing.base import RouterFactory
+from switchkit.routing.token_choice import Switch
+
+__all__ = ["Attention", "Block", "FeedForward", "MoEFactory", "MoELayer"]
+
+
+class MoELayer(nn.Module):
+    """A mixture of experts in place of a feed-forward layer.
+
+    The parts are factories, each called once with the sizes: a class, a `functools.partial` or a YAML part. Defaults:
+    `switch` router, `dropless` capacity, `mlp` experts, `sorted` dispatcher.
+
+    Args:
+        d_model: width of a token.
+        num_experts: experts of this layer.
+        d_ff: hidden width of an expert.
+        router: builds the router, see `switchkit list routers`.
+        capacity: builds the capacity policy, see `switchkit list capacity`.
+        experts: builds the experts, see `switchkit list experts`.
+        dispatcher: builds the dispatcher, see `switchkit list dispatchers`.
+        group: tokens that share an expert's capacity: "sequence" (independent of the batch, and causal), "batch", or a
+            number of consecutive tokens.
+        dropped: what a dropped assignment contributes: "zero", so that only the residual remains; "input", the token
+            itself where none of its assignments was kept; "weighted_input", the token times the assignment's weight
+            (labml).
+
+    Raises:
+        ValueError: an option that is not one of those above.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        d_ff: int,
+        router: RouterFactory | None = None,
+        capacity: CapacityFactory | None = None,
+        experts: ExpertsFactory | None = None,
+        dispatcher: DispatcherFactory | None = None,
+        group: Literal["sequence", "batch"] | int = "sequence",
+        dropped: Literal["zero", "input", "weighted_input"] = "zero",
+    ) -> None:
+        super().__init__()
+        if group not in ("sequence", "batch") and not (isinstance(group, int) and group >= 1):
+            raise ValueError(f"group must be 'sequence', 'batch' or a number of tokens >= 1; got {group!r}")
+        if dropped not in ("zero", "input", "weighted_input"):
+            raise ValueError(f"dropped must be 'zero', 'input' or 'weighted_input'; got {dropped!r}")
+        self.d_model, self.num_experts, self.d_ff = d_model, num_experts, d_ff
+        self.group, self.dropped = group, dropped
+        self.router = (router or Switch)(d_model=d_model, num_experts=num_experts)
+        self.capacity = (capacity or Dropless)()
+        self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
+        self.dispatcher = (dispatcher or Sorted)()
+
+    @property
+    def leaks(self) -> str | None:
+        """Why a causal model would see the future through this layer; None: it would not."""
+        return self.router.leaks or self.capacity.leaks
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        valid: Bool[Tensor, "B S"] | None = None,
+        ids: Int[Tensor, "B S"] | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], Routing]:
+        """The mixed outputs and the record of what was decided. `valid`: True for real tokens; `ids`: token ids.
+
+        Raises:
+            ValueError: x of another width, or a router that needs ids without them.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be [B, S, {self.d_model}] (d_model={self.d_model}); got {list(x.shape)}")
+        if self.router.needs_ids and ids is None:
+            raise ValueError(f"{type(self.router).__name__} routes by token ids: call layer(x, valid, ids)")
+        batch, length, _ = x.shape
+        tokens = self._groups(x)
+        real = self._groups(torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid)
+        names = None if ids is None else self._groups(ids)
+        limit = self.capacity.limit(tokens.shape[1], self.num_experts, self.router.k, training=self.training)
+        with torch.autocast(x.device.type, enabled=False):
+            routing = self.router(tokens, limit, real, names)
+        routing = self.capacity.place(replace(routing, batch=batch), limit, training=self.training)
+        rows = self.dispatcher.dispatch(tokens, routing)
+        y = self.dispatcher.combine(self.experts(rows), rows, routing)
+        if self.dropped != "zero":
+            y = y + self._left_behind(tokens, routing)
+        y = y.flatten(0, 1)[: batch * length].view(x.shape)
+        always = self.experts.always(x)
+        return (y if always is None else self.experts.mix(y, always, x)), routing
+
+    def _groups(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [G, S', ...]; a ragged last group is filled up with zeros, that is with padding."""
+        if self.group == "sequence":
+            return x
+        flat = x.flatten(0, 1)
+        if self.group == "batch":
+            return flat.unsqueeze(0)
+        size = int(self.group)
+        groups = -(-flat.shape[0] // size)
+        fill = flat.new_zeros(groups * size - flat.shape[0], *flat.shape[1:])
+        return torch.cat([flat, fill]).view(groups, size, *flat.shape[1:])
+
+    def _left_behind(self, tokens: Float[Tensor, "G S D"], routing: Routing) -> Float[Tensor, "G S D"]:
+        """What dropped assignments bring back when it is not zero."""
+        assert routing.kept is not None
+        if self.dropped == "weighted_input":
+            share = routing.weight.masked_fill(routing.kept | ~routing.chosen, 0)
+            return sum_choices(share.view(-1, 1), routing).to(tokens.dtype) * tokens
+        kept = sum_choices(routing.kept.view(-1, 1).to(tokens.dtype), routing)
+        return tokens * ((kept == 0) & routing.valid.unsqueeze(-1))
+
+
+class MoEFactory(Protocol):
+    """Anything that builds a sparse layer for given sizes: `MoELayer`, a `functools.partial` of it, a YAML part."""
+
+    def __call__(self, *, d_model: int, num_experts: int, d_ff: int) -> MoELayer: ...
+
+
+class FeedForward(nn.Module):
+    """The dense layer that a mixture replaces: one expert for every token, ``act(x W1) W2`` without bias.
+
+    Initialised as the experts are: truncated normal, std ``sqrt(0.1 / fan_in)``.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = dropout
+        init_linear(self.up.weight, d_model)
+        init_linear(self.down.weight, d_ff)
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        return self.down(F.dropout(F.relu(self.up(x)), self.dropout, self.training))
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads by PyTorch's scaled dot product, without bias."""
+
+    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}: choose a divisor of it")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        init_linear(self.qkv.weight, d_model)
+        init_linear(self.out.weight, d_model)
+
+    def forward(
+        self, x: Float[Tensor, "B S D"], valid: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mask = None
+        if valid is not None:
+            size = x.shape[1]
+            past = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+            # A token may always see itself, so that padding has something to attend to and stays finite.
+            mask = ((past & valid.unsqueeze(1)) | torch.eye(size, dtype=torch.bool, device=x.device)).unsqueeze(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `mlp` is a dense layer or a sparse one. Returns the record of a sparse one."""
+
+    def __init__(self, attention: Attention, mlp: nn.Module, d_model: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model, bias=False)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(d_model, bias=False)
+        self.mlp = mlp
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        valid: Bool[Tensor, "B S"] | None = None,
+        ids: Int[Tensor, "B S"] | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
+        x = x + self._drop(self.attention(self.attention_norm(x), valid))
+        h, routing = self.mlp_norm(x), None
+        if isinstance(self.mlp, MoELayer):
+            h, routing = self.mlp(h, valid, ids)
+        else:
+            h = self.mlp(h)
+        return x + self._drop(h), routing
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
