@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["KINDS", "full_path", "lookup", "named", "nearest", "register", "resolve"]
+__all__ = ["KINDS", "full_path", "lookup", "name_of", "named", "nearest", "register", "resolve"]
 
 T = TypeVar("T")
 
@@ -85,6 +85,11 @@ def resolve(path: str) -> type | None:
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None) if module else None
     return found if isinstance(found, type) else None
+
+
+def name_of(cls: type) -> str:
+    """The short name of a class, or the class's own name."""
+    return next((name for name, known in _table.items() if known is cls), cls.__name__)
 
 
 def nearest(word: str, known: object) -> str:

@@ -1,0 +1,19 @@
+"""What `switchkit fit` adds to a Trainer by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from switchkit.callbacks.progress import TrainingBar
+from switchkit.callbacks.random_state import RandomState
+from switchkit.callbacks.save import SaveBest, SaveLast
+from switchkit.callbacks.stop import CleanStop
+
+__all__ = ["defaults"]
+
+
+def defaults(cli: Any = None) -> list[L.Callback]:
+    """Exact resume, clean stop, checkpoints and the bar; `cli` leaves out those it has already or switches off."""
+    return [RandomState(), SaveLast(), CleanStop(), SaveBest(), TrainingBar()]

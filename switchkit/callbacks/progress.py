@@ -1,0 +1,134 @@
+"""The progress bar of training."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+__all__ = ["TrainingBar"]
+
+
+class TrainingBar(ProgressBar):
+    """One rich bar over the whole training, with what matters for a sparse language model.
+
+    Training loss, validation bits per token, tokens per second (validation not counted), worst load imbalance (largest
+    over mean load of any sparse layer) and share of dropped assignments. Values are read every `refresh_rate` steps,
+    so that nothing waits for the device in between. Where the output is no terminal, one line per validation instead.
+
+    Args:
+        refresh_rate: optimizer steps between two updates.
+
+    Raises:
+        ValueError: refresh_rate below 1.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__()
+        if refresh_rate < 1:
+            raise ValueError(f"refresh_rate must be at least 1; got {refresh_rate}")
+        self.refresh_rate = refresh_rate
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._shown: dict[str, str] = {}
+        self._enabled = True
+        self._tokens, self._seconds, self._moment = 0, 0.0, 0.0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._moment = time.perf_counter()
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self._open("training", None if steps == math.inf else int(steps), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += batch["tokens"].numel() * trainer.world_size
+        if trainer.global_step % self.refresh_rate and trainer.global_step != trainer.max_steps:
+            return
+        now = time.perf_counter()
+        self._seconds += now - self._moment
+        self._moment = now
+        self._shown |= {"loss": f"{float(outputs['loss']):.3f}", "tokens/s": f"{self._tokens / self._seconds:,.0f}"}
+        if outputs.get("stats") is not None and outputs["stats"]["load"].numel():
+            self._shown |= _routing(outputs["stats"])
+        self._update(trainer.global_step)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._tokens and trainer.state.fn == "fit":
+            self._seconds += time.perf_counter() - self._moment
+        if trainer.state.fn != "fit":
+            self._open("evaluating", int(self.total_val_batches))
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._moment = time.perf_counter()
+        bits = trainer.callback_metrics.get("val/bits")
+        if trainer.sanity_checking or bits is None:
+            return
+        self._shown = {"loss": self._shown.get("loss", "-"), "val bits": f"{float(bits):.3f}", **self._shown}
+        self._shown["val bits"] = f"{float(bits):.3f}"
+        if trainer.state.fn == "fit" and self._enabled and not self._console.is_terminal:
+            values = "  ".join(f"{name} {value}" for name, value in self._shown.items())
+            self._console.print(f"step {trainer.global_step:>6}  {values}", highlight=False)
+        self._update(trainer.global_step)
+
+    def _evaluated(self, trainer: L.Trainer, batch_idx: int) -> None:
+        if trainer.state.fn != "fit":
+            self._update(batch_idx + 1)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+                                dataloader_idx: int = 0) -> None:  # fmt: skip
+        self._evaluated(trainer, batch_idx)
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _open(self, what: str, total: int | None, done: int = 0) -> None:
+        self._close()
+        if not (self._enabled and self._console.is_terminal):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))  # fmt: skip
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._bar.start()
+        self._bar.add_task(what, total=total, completed=done, values="")
+
+    def _update(self, done: int) -> None:
+        if self._bar is not None:
+            values = "  ".join(f"{name} [bold]{value}[/]" for name, value in self._shown.items())
+            self._bar.update(self._bar.task_ids[0], completed=done, values=values)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _routing(stats: dict[str, Tensor]) -> dict[str, str]:
+    load = stats["load"].float()
+    total = load.sum(-1)
+    worst = (load.amax(-1) * load.shape[-1] / total.clamp(min=1)).max()
+    dropped = (stats["dropped"] / total.clamp(min=1)).mean()
+    imbalance, share = torch.stack([worst, dropped]).tolist()
+    return {"imbalance": f"{imbalance:.2f}", "dropped": f"{100 * share:.1f}%"}

@@ -1,0 +1,97 @@
+"""When checkpoints are saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from switchkit.module import NonFiniteError
+
+__all__ = ["SaveBest", "SaveLast", "checkpoint_folder"]
+
+
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """``checkpoints/`` in the folder of the first logger, else of the trainer."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+class SaveLast(Checkpoint):
+    """Saves ``last.ckpt`` every so many optimizer steps and at the end of training, always between two steps.
+
+    `CleanStop` uses it when a run is told to stop. Weights that are not finite are never saved over good ones.
+
+    Args:
+        every_n_steps: 25 steps are a few seconds of a small run, and little to lose.
+
+    Raises:
+        ValueError: every_n_steps below 1.
+        NonFiniteError: at a save, weights with NaN or infinity; the file that was there stays.
+    """
+
+    def __init__(self, every_n_steps: int = 25) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1; got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.path: Path | None = None
+        self._saved_at = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The last step is saved here too: after it, Lightning counts a half-read epoch as done.
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save now, unless this very step was saved or there was no step yet. Call it between two steps only."""
+        if trainer.global_step in (0, self._saved_at) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for name, parameter in trainer.lightning_module.named_parameters():
+            if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteError(
+                    f"weights {name} are not finite after step {trainer.global_step}; "
+                    f"{'the last good checkpoint is ' + str(self.path) if self.path else 'nothing was saved'}"
+                )
+        path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "last.ckpt")
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(path, weights_only=False)
+        self.path = path
+
+
+class SaveBest(Checkpoint):
+    """Keeps ``best.ckpt``, the checkpoint of the lowest value of a logged metric, over the resumed parts of a run too.
+
+    Args:
+        monitor: the metric, compared after each validation of `fit`.
+    """
+
+    def __init__(self, monitor: str = "val/loss") -> None:
+        self.monitor = monitor
+        self.path: Path | None = None
+        self.value = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"path": None if self.path is None else str(self.path), "value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path = state_dict["path"]
+        # Without its file a past best is no use: the next validation sets a new one.
+        if path is not None and Path(path).is_file():
+            self.path, self.value = Path(path), state_dict["value"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = float(trainer.callback_metrics.get(self.monitor, math.inf))
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if value < self.value:
+            self.value = value
+            self.path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "best.ckpt")
+            trainer.save_checkpoint(self.path, weights_only=False)

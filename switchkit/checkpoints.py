@@ -1,0 +1,153 @@
+"""Checkpoint files: written whole or not at all, read without running code, found again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from switchkit.spec import find_class
+
+__all__ = ["FORMAT_VERSION", "AtomicCheckpointIO", "intact", "last", "read", "read_settings"]
+
+FORMAT_VERSION = 1
+"""Of what switchkit adds to a checkpoint; a file of a later version is refused."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written to a temporary file in the same folder and moved into place.
+
+    A run killed while it saves, or a full disk, leaves the file that was there before.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return read(path)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a switchkit checkpoint, on the CPU, without running anything that the file says.
+
+    Raises:
+        ValueError: no such file, a truncated or damaged one, one that holds more than plain data, one that switchkit
+            did not write, or a later switchkit did.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder")
+    if not intact(path):
+        raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {path} holds more than plain data and was not loaded: {str(error).splitlines()[0]}"
+        ) from error
+    ours = content.get("switchkit") if isinstance(content, dict) else None
+    if not isinstance(ours, dict) or "state_dict" not in content:
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"checkpoint {path} was not written by switchkit (it holds {keys})")
+    if ours.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format {ours['format_version']} of switchkit {ours.get('version')}; "
+            f"this one reads up to {FORMAT_VERSION}: upgrade switchkit"
+        )
+    return content
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """``{"model": spec, "data": spec or None, "source": ..., "step": n}`` of a checkpoint, every class in it known.
+
+    Raises:
+        ValueError: as `read`, and for a part that is not imported.
+    """
+    content = read(path)
+    ours = content["switchkit"]
+    for part in (ours["model"], ours.get("data")):
+        for name in _class_paths(part):
+            find_class(name)
+    return {
+        "model": ours["model"],
+        "data": ours.get("data"),
+        "source": ours.get("source"),
+        "step": content.get("global_step", 0),
+    }
+
+
+def intact(path: str | os.PathLike[str]) -> bool:
+    """True: the file is a whole archive whose checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def last(root: str | os.PathLike[str]) -> Path:
+    """The newest intact ``last.ckpt`` below a folder, over all runs and versions in it; failing that, any checkpoint.
+
+    Raises:
+        ValueError: there is none. Never a silent fresh start.
+    """
+    found = sorted(Path(root).rglob("*.ckpt"), key=lambda p: (p.name.startswith("last"), p.stat().st_mtime))
+    for path in reversed(found):
+        if intact(path):
+            return path
+    broken = f" ({len(found)} damaged)" if found else ""
+    raise ValueError(
+        f"no checkpoint below {Path(root)}{broken}: start a run without --ckpt_path, "
+        "or name another folder with --trainer.default_root_dir"
+    )
+
+
+def _instead(path: Path) -> str:
+    others = [p for p in path.parent.rglob("*.ckpt") if p != path and intact(p)]
+    return f"; the newest intact one beside it is {max(others, key=lambda p: p.stat().st_mtime)}" if others else ""
+
+
+def _class_paths(spec: Any) -> Iterator[str]:
+    if isinstance(spec, dict):
+        if "class_path" in spec:
+            yield spec["class_path"]
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for item in spec:
+            yield from _class_paths(item)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,326 @@
+"""The LightningModule of language models: one expression holds the whole loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import switchkit
+from switchkit import checkpoints, stats
+from switchkit.data.tokenizers import Tokenizer
+from switchkit.layers import MoEFactory, MoELayer
+from switchkit.losses.balance import Balance
+from switchkit.losses.base import Loss, LossFactory
+from switchkit.metrics import RoutingMetrics, TokenLoss
+from switchkit.models import Decoder, NetFactory
+from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
+from switchkit.records import Routing
+from switchkit.registry import full_path, name_of
+from switchkit.sampling import sample
+from switchkit.spec import build, describe, describe_object
+
+__all__ = ["LanguageModule", "NonFiniteError"]
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in a router's input or in the loss: training stops before the optimizer steps."""
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a causal language model with sparse layers.
+
+    The loss is ``cross_entropy + sum(term.weight * term(routings))``. Weight decay spares norms, biases, embeddings and
+    routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine to `final_lr` of its peak at
+    the trainer's last step (or stays). `training_step` returns ``{"loss", "stats"}``: detached tensors `load` [L, E],
+    `dropped` [L] (both in assignments), `bad_tokens` [L] (tokens a router could not score), which callbacks read.
+
+    Args:
+        net: builds the model, called with `vocab_size=, moe=`; null: `Decoder` with its defaults.
+        moe: builds the sparse layers; null: `MoELayer` with its defaults.
+        losses: build the terms on the routing records; null: `balance` alone. An empty list: none.
+        optimizer: builds the optimizer from parameter groups; null: AdamW, rate 3e-3, betas 0.9 and 0.99, decay 0.1.
+        warmup_steps: optimizer steps of the linear rise.
+        schedule: "cosine" or "constant" after the rise.
+        final_lr: share of the peak rate that the cosine ends at.
+        tokenizer: the vocabulary, kept in the checkpoint; the command line takes it from the data.
+        vocab_size: symbols, where there is no tokenizer.
+
+    Raises:
+        ValueError: neither a tokenizer nor vocab_size, values out of range, or a part that a checkpoint could not
+            describe (a lambda, a local class).
+    """
+
+    def __init__(
+        self,
+        net: NetFactory | None = None,
+        *,
+        moe: MoEFactory | None = None,
+        losses: list[LossFactory] | None = None,
+        optimizer: OptimizerFactory | None = None,
+        warmup_steps: int = 100,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        final_lr: float = 0.1,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0; got {warmup_steps}")
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule must be 'cosine' or 'constant'; got {schedule!r}")
+        if not 0 <= final_lr <= 1:
+            raise ValueError(f"final_lr is a share of the peak rate, from 0 to 1; got {final_lr}")
+        # A checkpoint's description of a tokenizer is a factory, like every part of it.
+        self.tokenizer = tokenizer() if isinstance(tokenizer, partial) else tokenizer
+        size = self.tokenizer.vocab_size if self.tokenizer is not None else vocab_size
+        if size is None:
+            raise ValueError("a language model needs tokenizer= or vocab_size=")
+        if vocab_size not in (None, size):
+            raise ValueError(f"vocab_size={vocab_size} contradicts the tokenizer, which has {size} symbols")
+        arguments = {
+            "net": net,
+            "moe": moe,
+            "losses": losses,
+            "optimizer": optimizer,
+            "warmup_steps": warmup_steps,
+            "schedule": schedule,
+            "final_lr": final_lr,
+            "tokenizer": self.tokenizer,
+            "vocab_size": None if self.tokenizer is not None else size,
+        }
+        self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
+        self.net = (net or Decoder)(vocab_size=size, moe=moe)
+        self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
+        self.optimizer = optimizer or partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
+        self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
+        experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
+        shape = len(experts), max(experts, default=0)
+        self.train_routing, self.val_routing = RoutingMetrics(*shape), RoutingMetrics(*shape)
+        self.val_loss = TokenLoss()
+        self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
+        self._micro_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+        """Logits of the next token."""
+        return self.net(tokens).logits
+
+    def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
+        out = self.net(batch["tokens"], batch.get("valid"))
+        total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
+        entropy = total / tokens.clamp(min=1)
+        terms = [term(out.routings) for term in self.losses]
+        loss = entropy + sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
+        found = step_stats(out.routings, loss)
+        self.train_routing.update(found)
+        named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
+        values = {"loss": loss, "cross_entropy": entropy, **named_terms}
+        self._micro_batches.append((found["bad_tokens"], {name: value.detach() for name, value in values.items()}))
+        return {"loss": loss, "stats": found}
+
+    def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
+        out = self.net(batch["tokens"], batch.get("valid"))
+        self.val_loss.update(*cross_entropy(out.logits, batch["targets"], batch.get("valid")))
+        self.val_routing.update(step_stats(out.routings))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+        """`nats` [B, S]: the surprise of each real target (0 for padding); `best` [B, S]: the likeliest token."""
+        logits = self.net(batch["tokens"], batch.get("valid")).logits
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten(), reduction="none")
+        nats = nats.view_as(batch["targets"])
+        if batch.get("valid") is not None:
+            nats = nats.masked_fill(~batch["valid"], 0)
+        return {"nats": nats, "best": logits.argmax(-1), "targets": batch["targets"]}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        values = {f"{stage}/{name}": value.float() for name, value in self.val_loss.compute().items()}
+        if self.sparse_layers:
+            routing = self.val_routing.compute()
+            values[f"{stage}/imbalance"] = routing["imbalance"].max().float()
+            values[f"{stage}/dropped"] = routing["dropped"].mean().float()
+        # The metrics are summed over ranks already.
+        self.log_dict(values, rank_zero_only=False, sync_dist=False)
+        if not self.trainer.sanity_checking:
+            self.last_load = self.val_routing.compute()["load"].cpu()
+        self.val_loss.reset()
+        self.val_routing.reset()
+
+    def _log_training(self) -> None:
+        """Straight to the loggers, and at the interval only: `self.log` costs a quarter of a millisecond a key."""
+        every = [values for _, values in self._micro_batches]
+        numbers = {name: torch.stack([values[name].float() for values in every]).mean() for name in every[0]}
+        numbers["lr"] = torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.sparse_layers:
+            routing = self.train_routing.compute()
+            numbers |= {"imbalance": routing["imbalance"].max(), "dropped": routing["dropped"].mean()}
+        self.train_routing.reset()
+        for logger in self.loggers:
+            logger.log_metrics({f"train/{name}": float(x) for name, x in numbers.items()}, step=self.global_step)
+
+    # -- optimisation --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        decay, spare = decay_groups(self)
+        optimizer = self.optimizer([{"params": decay}, {"params": spare, "weight_decay": 0.0}])
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        rate = partial(learning_rate, self.warmup_steps, int(steps), self.schedule, self.final_lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One flag read per optimizer step, after the backward pass is on its way.
+
+        Raises:
+            NonFiniteError: a router was given NaN or infinity, or the loss is one; the weights are still good.
+        """
+        bad = torch.stack([bad.sum() + ~torch.isfinite(values["loss"]) for bad, values in self._micro_batches])
+        if bool(bad.any()):
+            counts = torch.stack([bad for bad, _ in self._micro_batches]).sum(0).tolist()
+            where = [f"{name}: {n} tokens" for name, n in zip(self.sparse_layers, counts, strict=True) if n]
+            what = f"router input ({'; '.join(where)})" if where else "loss"
+            raise NonFiniteError(
+                f"non-finite {what} at step {self.global_step + 1}; the optimizer did not step. "
+                "Lower the learning rate, or look at the data of that step"
+            )
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_training()
+        self._micro_batches.clear()
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Int[Tensor, "S"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """New token ids one by one; each sees at most the model's context. In evaluation mode while it runs.
+
+        Raises:
+            ValueError: an empty prompt, a negative temperature (0 takes the likeliest), top_k below 1, top_p outside
+                (0, 1].
+        """
+        if ids.numel() == 0:
+            raise ValueError("the prompt is empty: give at least one token to go on from")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0 (0: the likeliest token); got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
+        return self._continue(ids, max_new_tokens, partial(sample, temperature, top_k, top_p, generator))
+
+    @torch.no_grad()
+    def _continue(self, ids: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
+        window = ids.to(self.device).view(1, -1)
+        for _ in range(count):
+            window = window[:, -self.net.context :]  # type: ignore[index]
+            training = self.training
+            self.eval()
+            token = draw(self.net(window).logits[0, -1].float())
+            self.train(training)
+            window = torch.cat([window, token.view(1, 1)], dim=1)
+            yield int(token)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        source = data.source_info() if hasattr(data, "source_info") else None
+        checkpoint["switchkit"] = {
+            "format_version": checkpoints.FORMAT_VERSION,
+            "version": switchkit.__version__,
+            "model": self.spec,
+            "data": None if data is None else describe_object(data),
+            "source": source,
+            "train_routing": {n: getattr(self.train_routing, n).cpu() for n in ("load", "dropped")},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint.get("switchkit", {}).get("train_routing", {}).items():
+            setattr(self.train_routing, name, value.to(self.device))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, with one readable error when `state_dict` belongs to another model."""
+        own = self.state_dict()
+        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        shared = [(n, list(state_dict[n].shape), list(own[n].shape)) for n in own if n in state_dict]
+        wrong = [f"{name} {theirs} for {ours}" for name, theirs, ours in shared if theirs != ours]
+        if strict and (missing or extra or wrong):
+            kinds = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+            found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds if names)
+            raise ValueError(f"these weights belong to another model: {found}")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> Self:  # type: ignore[override]
+        """The model of a checkpoint, rebuilt from the file alone; `arguments` replace the constructor's own.
+
+        Nothing is imported because a file names it, and nothing but plain data is read.
+
+        Raises:
+            ValueError: see `switchkit.checkpoints.read`; a part of your own that is not imported yet; weights that do
+                not fit `arguments`.
+        """
+        content = checkpoints.read(Path(checkpoint_path))
+        factory = build(content["switchkit"]["model"])
+        if not issubclass(factory.func, cls):
+            raise ValueError(f"{checkpoint_path} holds a {full_path(factory.func)}, which is no {cls.__name__}")
+        module = factory(**arguments)
+        module.load_state_dict(content["state_dict"])
+        module.on_load_checkpoint(content)
+        return module.to(map_location)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], valid: Tensor | None
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Sum over the real targets, in float32, and their number."""
+    if valid is not None:
+        targets = targets.masked_fill(~valid, -100)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def step_stats(routings: tuple[Routing, ...], loss: Tensor | None = None) -> dict[str, Tensor]:
+    """What callbacks get of a step: `load` [L, E], `dropped` [L] and `bad_tokens` [L], detached."""
+    if not routings:
+        empty = torch.zeros(0, dtype=torch.long, device=None if loss is None else loss.device)
+        return {"load": empty.view(0, 0), "dropped": empty, "bad_tokens": empty}
+    with torch.no_grad():
+        return {
+            "load": _stack([stats.load(r) for r in routings]),
+            "dropped": torch.stack([stats.dropped(r) for r in routings]),
+            "bad_tokens": torch.stack([stats.bad_tokens(r) for r in routings]),
+        }
+
+
+def _stack(loads: list[Tensor]) -> Tensor:
+    """[L, E], filled up with zeros where layers have fewer experts."""
+    width = max(len(load) for load in loads)
+    return torch.stack([F.pad(load, (0, width - len(load))) for load in loads])
+

@@ -1,0 +1,45 @@
+"""Which parameters decay, and how the learning rate runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from switchkit.routing.base import Router
+
+__all__ = ["OptimizerFactory", "decay_groups", "learning_rate"]
+
+
+class OptimizerFactory(Protocol):
+    """Anything that builds an optimizer for parameter groups: a class of torch.optim, a partial, a YAML part."""
+
+    def __call__(self, params: Iterable[dict[str, Any]]) -> torch.optim.Optimizer: ...
+
+
+def learning_rate(warmup: int, steps: int, schedule: str, final: float, step: int) -> float:
+    """Share of the peak rate at optimizer step `step` (from 0)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with and without weight decay: norms, biases, embeddings and routers are spared."""
+    spared = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.LayerNorm, nn.RMSNorm, Router))
+        for parameter in part.parameters()
+    }
+    decay, spare = [], []
+    for name, parameter in module.named_parameters():
+        bias = name.rpartition(".")[2] in ("bias", "b1", "b2")
+        (spare if bias or parameter.dim() < 2 or id(parameter) in spared else decay).append(parameter)
+    return decay, spare

@@ -1,0 +1,71 @@
+"""Parameters and floating-point operations of a model, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchkit.experts.base import Experts
+from switchkit.layers import Attention, MoELayer
+from switchkit.models import Decoder
+
+__all__ = ["Counts", "count"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a model. Operations are those of one token's forward pass, a multiply-add counting as two."""
+
+    parameters: int
+    active: int
+    """Parameters that one token meets: all but those of the experts it is not sent to."""
+    experts: int
+    """Operations in routed experts: every assignment kept, no padding of buffers."""
+    routers: int
+    attention: int
+    """Scores and weighted values over a full context, not halved for causality (the math kernel computes them all)."""
+    other: int
+    """Every other matrix product: projections, dense feed-forward layers, the output layer."""
+
+    @property
+    def flops(self) -> int:
+        return self.experts + self.routers + self.attention + self.other
+
+    @property
+    def matched(self) -> int:
+        """What a FLOP-matched dense twin has to equal: everything but the routers."""
+        return self.flops - self.routers
+
+
+def count(model: nn.Module, context: int) -> Counts:
+    """Sizes of `model`, with attention over `context` tokens."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = experts = routers = attention = 0
+    routed: set[int] = set()
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            k, every = layer.router.k, layer.num_experts
+            held = sum(parameter.numel() for parameter in layer.experts.parameters())
+            products = sum(p.numel() for p in layer.experts.parameters() if p.dim() == 3)
+            idle += held - held * k // every
+            experts += 2 * products * k // every
+            routers += 2 * sum(parameter.numel() for parameter in layer.router.parameters())
+            routed |= {id(p) for part in (layer.experts, layer.router) for p in part.parameters()}
+        elif isinstance(layer, Attention):
+            attention += 4 * context * layer.out.in_features
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in routed)
+    head = model.embed.weight.numel() if isinstance(model, Decoder) else 0
+    return Counts(
+        parameters=total,
+        active=total - idle,
+        experts=experts,
+        routers=routers,
+        attention=attention,
+        other=2 * (linear + head),
+    )
+
+
+def expert_widths(model: nn.Module) -> set[int]:
+    """Hidden widths of the experts in a model."""
+    return {part.d_ff for part in model.modules() if isinstance(part, Experts)}

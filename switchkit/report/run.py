@@ -1,0 +1,117 @@
+"""The opening and the closing of `switchkit fit`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchkit.callbacks import SaveBest, SaveLast
+from switchkit.checkpoints import read
+from switchkit.report.tables import (
+    console,
+    device_name,
+    fallback_box,
+    loads,
+    model_table,
+    rows_table,
+    source_rows,
+    twin_lines,
+)
+
+__all__ = ["closing", "describe", "opening"]
+
+
+def opening(cli: Any) -> None:
+    """Print what is about to be trained, on what, from where."""
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    out = console()
+    info = data.source_info() if hasattr(data, "source_info") else None
+    if (box := fallback_box(info)) is not None:
+        out.print(box)
+    steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+    rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
+    out.print(model_table(module.net, _context(cli), rows))
+    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
+
+
+def describe(cli: Any) -> None:
+    """Print the opening table and the dense twin, without touching the data beyond its vocabulary."""
+    data = cli.datamodule
+    info = data.source_info() if hasattr(data, "source_info") else None
+    out = console()
+    if (box := fallback_box(info)) is not None:
+        out.print(box)
+    rows = [*source_rows(info), *twin_lines(cli.model.net, _context(cli))]
+    out.print(model_table(cli.model.net, _context(cli), rows))
+
+
+def closing(cli: Any) -> None:
+    """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next."""
+    module, trainer = cli.model, cli.trainer
+    if trainer.fast_dev_run or not trainer.is_global_zero:
+        return
+    wall = time.perf_counter() - cli.started
+    best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
+    if best is not None:
+        module.load_state_dict(read(best)["state_dict"])
+    for bar in trainer.callbacks:
+        if hasattr(bar, "disable"):
+            bar.disable()
+    found = trainer.validate(module, datamodule=cli.datamodule, verbose=False)[0]
+    out = console()
+    info = cli.datamodule.source_info() if hasattr(cli.datamodule, "source_info") else None
+    if (box := fallback_box(info)) is not None:
+        out.print(box)
+    rows = [
+        ("validation loss", f"{found['val/loss']:.4f} nats per token = {found['val/bits']:.4f} bits"),
+        ("perplexity", f"{found['val/perplexity']:.3f}"),
+        ("wall time", f"{wall:.0f} s"),
+    ]
+    if (speed := _speed(cli, wall)) is not None:
+        rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
+    rows += source_rows(info)
+    rows += loads(module.last_load, module.sparse_layers)
+    rows += [("checkpoint", str(best or last or "none was saved"))]
+    out.print(rows_table("Result on the whole held-out text", rows))
+    shown = best or last
+    if shown is not None:
+        out.print("Next:", style="bold")
+        for line in (
+            f"switchkit generate --ckpt_path {shown} --prompt 'ROMEO:' --max_new_tokens 200",
+            f"switchkit test --ckpt_path {shown}",
+            f"switchkit fit --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
+        ):
+            out.print(f"  {line}", soft_wrap=True, highlight=False)
+    if module.tokenizer is not None:
+        out.print("Sample:", style="bold")
+        out.print(_sample(module), highlight=False, markup=False)
+
+
+def _sample(module: Any, length: int = 240) -> str:
+    prompt = "\n" if "\n" in getattr(module.tokenizer, "characters", "") else module.tokenizer.decode([0])
+    draw = torch.Generator().manual_seed(0)
+    ids = module.tokenizer.encode(prompt)
+    text = module.tokenizer.decode(list(module.generate(ids, length, temperature=0.8, generator=draw)))
+    return str(text).strip("\n")
+
+
+def _context(cli: Any) -> int:
+    return int(getattr(cli.datamodule, "context", 0) or getattr(cli.model.net, "context", 1))
+
+
+def _saved(trainer: Any, kind: type) -> Path | None:
+    """The file that the first callback of a kind saved, if it is still there."""
+    path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
+    return path if path is not None and path.is_file() else None
+
+
+def _speed(cli: Any, wall: float) -> float | None:
+    """Tokens per second over the whole of training, validation and checkpoints included."""
+    data, trainer = cli.datamodule, cli.trainer
+    if not (hasattr(data, "batch_size") and hasattr(data, "context")):
+        return None
+    batches = (trainer.global_step - cli.first_step) * trainer.accumulate_grad_batches * trainer.world_size
+    return batches * data.batch_size * data.context / wall

@@ -1,0 +1,143 @@
+"""What a run shows before and after it trains."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from torch import nn
+
+from switchkit.layers import MoELayer
+from switchkit.registry import name_of
+from switchkit.report.counts import Counts, count
+
+__all__ = ["loads", "model_table", "rows_table", "twin_lines"]
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = ()) -> Table:
+    """Sizes and parts of a model, then `more` rows."""
+    sizes = count(net, context)
+    sparse = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, MoELayer)]
+    rows = [
+        ("parameters", f"{sizes.parameters:,} in all, {sizes.active:,} active for a token"),
+        ("FLOPs per token", _flops(sizes)),
+        ("layers", _layers(net, len(sparse))),
+    ]
+    if sparse:
+        layer = sparse[0][1]
+        router, capacity = layer.router, layer.capacity
+        rows += [
+            ("experts", f"{layer.num_experts} of width {layer.d_ff} ({name_of(type(layer.experts))}), {router.k} per token"),
+            ("router", name_of(type(router))),
+            ("capacity", f"{name_of(type(capacity))}{_options(capacity)}, counted over {_group(layer)}"),
+            ("dispatcher", name_of(type(layer.dispatcher))),
+        ]
+    return rows_table("Model", [*rows, *more])
+
+
+def twin_lines(net: nn.Module, context: int) -> list[tuple[str, str]]:
+    """Rows about the dense model of equal FLOPs per token: the width that replaces each mixture, and what it counts."""
+    sparse = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
+    if not sparse:
+        return [("dense twin", "this model is dense already")]
+    widths = {layer.router.k * layer.d_ff for layer in sparse}
+    sizes = count(net, context)
+    if len(widths) > 1:
+        return [("dense twin", f"one width per layer: {sorted(widths)}")]
+    width = widths.pop()
+    # A mixture costs k experts; its twin one dense layer k times as wide: the same products, without the router.
+    parameters = sizes.active - sum(p.numel() for layer in sparse for p in layer.router.parameters())
+    return [
+        ("dense twin", f"feed-forward width {width} in place of each mixture: --model.net.sparse=[]{_width(net, width)}"),
+        ("  parameters", f"{parameters:,}"),
+        ("  FLOPs per token", f"{_short(sizes.matched)} (the routers' {_short(sizes.routers)} left out)"),
+    ]
+
+
+def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
+    """One bar chart per sparse layer: the share of each expert; a full block is the largest share of any."""
+    rows = []
+    top = float(shares.max()) if shares.numel() else 1.0
+    for name, layer in zip(names, shares.tolist(), strict=True):
+        bars = "".join(BLOCKS[max(1, math.ceil(8 * share / top))] if share > 0 else "·" for share in layer)
+        rows.append((f"load {name}", f"{bars}  largest {max(layer):.1%}, smallest {min(layer):.1%}"))
+    return rows
+
+
+def source_rows(info: dict[str, Any] | None) -> list[tuple[str, str]]:
+    return [("data", f"{info['description']} ({info['characters']:,} characters)")] if info else []
+
+
+def fallback_box(info: dict[str, Any] | None) -> Panel | None:
+    """A box that says so when a run reads the built-in generated play."""
+    if not info or not info["generated"]:
+        return None
+    text = (
+        "Tiny Shakespeare was not found and could not be downloaded, so this run reads a built-in generated play.\n"
+        "Its losses say nothing about Shakespeare. To use the real text, set SWITCHKIT_DATA or data.path."
+    )
+    return Panel(text, title="generated data", border_style="yellow", title_align="left")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def console() -> Console:
+    """Where tables go: at least 100 columns wide when the output is a file."""
+    made = Console()
+    return made if made.is_terminal else Console(width=110)
+
+
+def _flops(sizes: Counts) -> str:
+    parts = (("experts", sizes.experts), ("routers", sizes.routers), ("attention", sizes.attention), ("rest", sizes.other))
+    return f"{_short(sizes.flops)} forward ({', '.join(f'{name} {_short(value)}' for name, value in parts)})"
+
+
+def _short(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}" if unit else f"{value:.0f}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def _layers(net: nn.Module, sparse: int) -> str:
+    blocks = getattr(net, "blocks", None)
+    places = f", the mixtures at {list(net.sparse)}" if sparse and hasattr(net, "sparse") else ""
+    return f"{len(blocks) if blocks is not None else '?'}, {sparse} of them sparse{places}"
+
+
+def _width(net: nn.Module, width: int) -> str:
+    dense = {m.up.out_features for m in net.modules() if type(m).__name__ == "FeedForward"}
+    return "" if dense == {width} else f" --model.net.d_ff={width}" if not dense else ""
+
+
+def _group(layer: MoELayer) -> str:
+    return f"groups of {layer.group} tokens" if isinstance(layer.group, int) else f"the {layer.group}"
+
+
+def _options(part: object) -> str:
+    shown = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    return f" ({', '.join(f'{name} {value}' for name, value in shown.items())})" if shown else ""

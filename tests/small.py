@@ -1,0 +1,61 @@
+"""A run small enough to repeat many times: the real module, data and callbacks at the smallest sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from switchkit import Balance, Decoder, Factor, LanguageModule, MoELayer, RouterZ, Switch, TextData, TopK
+from switchkit.callbacks import CleanStop, RandomState, SaveBest, SaveLast
+from switchkit.checkpoints import AtomicCheckpointIO
+
+# Jitter, dropout and expert dropout, so that a random state that is not restored shows in the weights.
+NET = partial(
+    Decoder, d_model=16, num_layers=2, num_heads=2, d_ff=24, num_experts=3, context=8, sparse="every(1)", dropout=0.1
+)
+MOE = partial(MoELayer, router=partial(Switch, jitter=0.1), capacity=partial(Factor, train=1.25))
+TOP2 = partial(MoELayer, router=partial(TopK, k=2))
+
+DEFAULTS = {"val_check_interval": 7, "check_val_every_n_epoch": None, "gradient_clip_val": 1.0, "log_every_n_steps": 2}
+
+
+def text_file(folder: Path, characters: int = 900) -> Path:
+    """A text of our own with 26 symbols."""
+    path = folder / "text.txt"
+    path.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(characters)), encoding="utf-8")
+    return path
+
+
+def data(folder: Path, **more: Any) -> TextData:
+    path = text_file(folder)
+    return TextData(str(path), **{"context": 8, "batch_size": 4, "eval_batch_size": 4, "validation_prefix": 0, **more})
+
+
+def module(source: TextData, **more: Any) -> LanguageModule:
+    torch.manual_seed(0)
+    losses = [Balance, partial(RouterZ, weight=0.01)]
+    return LanguageModule(
+        NET, **{"moe": MOE, "losses": losses, "tokenizer": source.tokenizer, "warmup_steps": 3, **more}
+    )
+
+
+def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 40, **more: Any) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=folder,
+        logger=CSVLogger(folder, name="", flush_logs_every_n_steps=1),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[RandomState(), SaveLast(every), CleanStop(), SaveBest(), *callbacks],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**DEFAULTS, "max_steps": steps, **more},
+    )
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

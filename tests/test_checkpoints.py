@@ -1,0 +1,139 @@
+"""Checkpoint files: whole or not at all, nothing run, the newest found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchkit import checkpoints
+from switchkit.checkpoints import AtomicCheckpointIO
+
+
+def save(path: Path, step: int = 3, **more: object) -> Path:
+    ours = {"format_version": 1, "version": "0", "model": {"class_path": "switchkit.models.Decoder", "init_args": {}}}
+    content = {"state_dict": {"w": torch.ones(1000)}, "global_step": step, "switchkit": {**ours, **more}}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    content = checkpoints.read(save(tmp_path / "deep" / "a.ckpt"))
+    assert torch.equal(content["state_dict"]["w"], torch.ones(1000))
+    assert os.listdir(tmp_path / "deep") == ["a.ckpt"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", step=1)
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        AtomicCheckpointIO().save_checkpoint({"cannot": lambda: None, "pickled": (x for x in ())}, path)
+    assert checkpoints.read(path)["global_step"] == 1
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
+    """A process that saves without end is killed at odd moments; what is at the path always reads."""
+    path = save(tmp_path / "a.ckpt")
+    code = (
+        "import sys, torch; from switchkit.checkpoints import AtomicCheckpointIO\n"
+        "w = torch.ones(400_000)\n"
+        "ours = {'format_version': 1, 'version': '0', 'model': {}}\n"
+        "print('ready', flush=True)\n"
+        "while True: AtomicCheckpointIO().save_checkpoint({'state_dict': {'w': w}, 'switchkit': ours}, sys.argv[1])"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    for _ in range(20):
+        time.sleep(0.013)
+        child.send_signal(signal.SIGSTOP)
+        assert checkpoints.intact(path)
+        child.send_signal(signal.SIGCONT)
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert checkpoints.intact(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_file_is_named_with_the_newest_intact_one(tmp_path: Path, keep: float) -> None:
+    good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
+    with pytest.raises(ValueError, match=rf"bad.ckpt \(\d+ bytes\) is truncated or damaged.*{good}"):
+        checkpoints.read(bad)
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt")
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(4).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoints.read(path)
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("import test_checkpoints_evil",)
+
+
+def test_a_file_runs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(ValueError, match="holds more than plain data"):
+        checkpoints.read(path)
+    assert "test_checkpoints_evil" not in sys.modules
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 1}, {"model": 1}, [1, 2], torch.ones(2)])
+def test_foreign_file_is_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "foreign.ckpt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="was not written by switchkit"):
+        checkpoints.read(path)
+
+
+def test_later_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", format_version=checkpoints.FORMAT_VERSION + 1)
+    with pytest.raises(ValueError, match="upgrade switchkit"):
+        checkpoints.read(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["subprocess.Popen", "os.system", "pathlib.Path", "not_there.Router", "json.tool.Nope"]
+)
+def test_a_class_that_a_file_may_not_name(tmp_path: Path, name: str) -> None:
+    before = set(sys.modules)
+    path = save(tmp_path / "a.ckpt", model={"class_path": name, "init_args": {}})
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoints.read_settings(path)
+    assert "not_there" not in sys.modules
+    assert "json.tool" not in set(sys.modules) - before
+
+
+def test_last_is_the_newest_intact_over_all_versions(tmp_path: Path) -> None:
+    for age, name in enumerate(["version_1/checkpoints/last.ckpt", "version_0/checkpoints/last.ckpt", "v/best.ckpt"]):
+        path = save(tmp_path / name, step=age)
+        os.utime(path, (1000 - age, 1000 - age))
+    assert checkpoints.last(tmp_path) == tmp_path / "version_1/checkpoints/last.ckpt"
+    (tmp_path / "version_1/checkpoints/last.ckpt").write_bytes(b"PK half a file")
+    assert checkpoints.last(tmp_path) == tmp_path / "version_0/checkpoints/last.ckpt"
+    (tmp_path / "version_0/checkpoints/last.ckpt").unlink()
+    assert checkpoints.last(tmp_path) == tmp_path / "v/best.ckpt"
+
+
+def test_last_without_any_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"no checkpoint below {tmp_path}.*start a run without --ckpt_path"):
+        checkpoints.last(tmp_path)
+    (tmp_path / "last.ckpt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="1 damaged"):
+        checkpoints.last(tmp_path)

@@ -1,0 +1,128 @@
+"""A run that is stopped and resumed ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from small import data, module, trainer, weights
+
+from switchkit import checkpoints
+from switchkit.callbacks import RandomState, Stopped
+
+
+class KillAt(L.Callback):
+    """Ends the process's run as SIGKILL would: no callback, no hook, no checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("killed")
+
+
+class SignalAt(L.Callback):
+    """Sends a real signal to the process in the middle of a step."""
+
+    def __init__(self, batch: int, number: int) -> None:
+        self.batch, self.number, self.seen = batch, number, 0
+
+    def on_before_zero_grad(self, *rest: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            signal.raise_signal(self.number)
+
+
+def fit(folder: Path, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.LightningModule:
+    source = data(folder)
+    model = module(source)
+    torch.manual_seed(1 if not resume else 99)  # A resumed process starts from any random state.
+    path = checkpoints.last(folder) if resume else None
+    trainer(folder, *callbacks, **options).fit(model, source, ckpt_path=path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    return weights(fit(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.parametrize("step", [6, 17, 26, 39], ids="killed_at_{}".format)
+def test_killed_run_resumes_bit_identical(whole: torch.Tensor, tmp_path: Path, step: int) -> None:
+    # 25 batches make an epoch: 26 lies in the second, and its checkpoint on the boundary. 7 steps make a validation.
+    with pytest.raises(KeyError, match="killed"):
+        fit(tmp_path, KillAt(step))
+    assert torch.equal(weights(fit(tmp_path, resume=True)), whole)
+
+
+def test_several_kills_in_one_run(whole: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fit(tmp_path, KillAt(8))
+    for step in (13, 22, 31):
+        with pytest.raises(KeyError):
+            fit(tmp_path, KillAt(step), resume=True)
+    assert torch.equal(weights(fit(tmp_path, resume=True)), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_signal_stops_between_steps_and_resumes_bit_identical(tmp_path: Path, number: int, accumulate: int) -> None:
+    options = {"steps": 20, "accumulate_grad_batches": accumulate}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    uninterrupted = weights(fit(tmp_path / "a", **options))
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path / "b", SignalAt(8, number), **options)
+    assert stopped.value.code == 128 + number
+    assert stopped.value.path == checkpoints.last(tmp_path / "b")
+    assert checkpoints.read_settings(stopped.value.path)["step"] == stopped.value.step == 8
+    assert signal.getsignal(number) is before
+    assert torch.equal(weights(fit(tmp_path / "b", resume=True, **options)), uninterrupted)
+
+
+def test_without_the_random_state_the_weights_differ(
+    whole: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison has teeth: dropout and jitter of a resumed run depend on the restored state."""
+    with pytest.raises(KeyError):
+        fit(tmp_path, KillAt(17))
+    monkeypatch.setattr(RandomState, "on_train_start", lambda *rest: None)
+    assert not torch.equal(weights(fit(tmp_path, resume=True)), whole)
+
+
+def test_logs_of_both_runs_join_without_a_gap(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fit(tmp_path, KillAt(17))
+    first = rows(tmp_path / "version_0")
+    fit(tmp_path, resume=True)
+    assert rows(tmp_path / "version_0") == first
+    steps = {
+        int(row["step"]) for version in (0, 1) for row in rows(tmp_path / f"version_{version}") if row["train/loss"]
+    }
+    assert steps == set(range(1, 40, 2))
+
+
+def test_interval_metrics_survive_the_resume(tmp_path: Path) -> None:
+    """Load counted since the last log is in the checkpoint: the next log covers the same steps as without a stop."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    fit(tmp_path / "a", steps=10, log_every_n_steps=10)
+    with pytest.raises(KeyError):
+        fit(tmp_path / "b", KillAt(7), steps=10, log_every_n_steps=10)
+    fit(tmp_path / "b", resume=True, steps=10, log_every_n_steps=10)
+    whole = [r["train/imbalance"] for r in rows(tmp_path / "a" / "version_0") if r.get("train/imbalance")]
+    resumed = [r["train/imbalance"] for r in rows(tmp_path / "b" / "version_1") if r.get("train/imbalance")]
+    assert whole == resumed
+    assert len(whole) == 1
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,66 @@
+"""Parts as plain data and back."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from switchkit import Balance, CharTokenizer, Decoder, Factor, MoELayer, Switch, TopK
+from switchkit.spec import build, describe, describe_object, find_class
+
+LAYER = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, train=1.5, eval=None), group=16)
+
+
+def test_round_trip_builds_the_same_layer() -> None:
+    spec = json.loads(json.dumps(describe(LAYER)))
+    built = build(spec)(d_model=8, num_experts=4, d_ff=8)
+    assert isinstance(built.router, TopK)
+    assert (built.router.k, built.capacity.train, built.group) == (2, 1.5, 16)
+    assert describe(build(spec)) == spec
+
+
+def test_defaults_are_not_written_down() -> None:
+    assert describe(Switch) == {"class_path": "switchkit.routing.token_choice.Switch", "init_args": {}}
+
+
+def test_lists_and_objects() -> None:
+    assert describe([Balance, partial(Balance, weight=0.5)])[1]["init_args"] == {"weight": 0.5}
+    assert describe_object(CharTokenizer("ab")) == describe(CharTokenizer("ab"))
+    assert build(describe(CharTokenizer("ab")))() == CharTokenizer("ab")
+
+
+def local_class() -> type:
+    class Local(Switch):
+        pass
+
+    return Local
+
+
+@pytest.mark.parametrize(
+    "value", [lambda **sizes: None, local_class(), partial(local_class()), object(), torch.ones(2)]
+)
+def test_what_cannot_be_rebuilt_is_refused_when_built(value: Any) -> None:
+    with pytest.raises(ValueError, match="moe.router.*cannot be written into a checkpoint"):
+        describe(partial(MoELayer, router=value), "moe") if not isinstance(value, torch.Tensor) else describe(
+            value, "moe.router"
+        )
+
+
+def test_positional_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="by name"):
+        describe(partial(Balance, 0.5))
+
+
+def test_find_class() -> None:
+    assert find_class("switch") is Switch
+    assert find_class("switchkit.models.Decoder") is Decoder
+    with pytest.raises(ValueError, match="--plugins nowhere.at_all"):
+        find_class("nowhere.at_all.Router")
+    with pytest.raises(ValueError, match="no such class"):
+        find_class("switchkit.models.Dekoder")
+    with pytest.raises(ValueError, match="not a part"):
+        find_class("pathlib.Path")
