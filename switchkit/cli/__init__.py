@@ -1,0 +1,89 @@
+"""The program ``switchkit``: a table of commands, each imported only when it is called.
+
+Nothing here imports torch, so that ``--help`` and mistyped commands answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from switchkit.cli.errors import UserError, exit_code, near, one_line
+
+__all__ = ["COMMANDS", "UserError", "main"]
+
+# Command -> (module of this package, help). `run(command, argv)` of the module returns the exit code.
+COMMANDS = {
+    "fit": ("lightning", "train a model by a recipe"),
+    "validate": ("lightning", "compute the validation loss of a checkpoint"),
+    "test": ("lightning", "compute the test loss of a checkpoint"),
+    "predict": ("lightning", "run a checkpoint over the data"),
+    "generate": ("generate", "continue a text with a checkpoint"),
+    "list": ("listing", "show the parts and recipes that a name can stand for"),
+    "describe": ("describe", "show the model that a recipe builds, without training it"),
+    "bench": ("bench", "measure the speed of dispatchers and layers"),
+}
+
+_USAGE = """usage: switchkit COMMAND [options]
+
+Mixture-of-Experts models on PyTorch Lightning.
+
+commands:
+{commands}
+
+options:
+  -h, --help   this text; `switchkit COMMAND --help` for a command's own
+  --version    the version
+  --debug      with any command: show the traceback of an error (as SWITCHKIT_DEBUG=1 does)
+
+example: switchkit fit --config tiny_shakespeare --trainer.max_steps 200"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) names; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("SWITCHKIT_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if os.getcwd() not in sys.path:
+        # Appended, not inserted: a data.py in the working directory must not hide a package of that name.
+        sys.path.append(os.getcwd())
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("switchkit: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as exit:
+        return exit_code(exit)
+    except BrokenPipeError:
+        # The reader of our output went away (`switchkit list | head`); keep Python from flushing into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"switchkit: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(_USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))
+        return 0
+    if command == "--version":
+        from switchkit import __version__
+
+        print(f"switchkit {__version__}")
+        return 0
+    if command not in COMMANDS:
+        what = "option" if command.startswith("-") else "command"
+        raise UserError(f"unknown {what} {command!r}{near(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"switchkit.cli.{COMMANDS[command][0]}")
+    return int(module.run(command, rest) or 0)

@@ -1,0 +1,68 @@
+"""What ``--ckpt_path`` means: which file, and which settings it brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from switchkit.cli.errors import UserError, near, short
+from switchkit.cli.normalise import Source
+
+__all__ = ["checkpoint_path", "given_checkpoint", "read_checkpoint"]
+
+
+def given_checkpoint(sources: Sequence[Source]) -> Path | None:
+    """The checkpoint that the last source to say so names."""
+    given = [source.values["ckpt_path"] for source in sources if "ckpt_path" in source.values]
+    return None if not given or given[-1] in (None, "null") else checkpoint_path(given[-1], _root_dir(sources))
+
+
+def checkpoint_path(given: Any, root: str) -> Path:
+    """The file that ``--ckpt_path`` means; ``last`` is the newest intact one below the run folder."""
+    if not isinstance(given, str):
+        raise UserError(f"--ckpt_path: expected a path or 'last', got {short(given)}")
+    if given == "last":
+        from switchkit import checkpoints
+
+        return Path(checkpoints.last(Path(root)))
+    if "://" in given:
+        raise UserError(f"--ckpt_path {given}: download the checkpoint first; only local files are loaded")
+    path = Path(given).expanduser()
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else None
+        known = [str(other) for other in folder.glob("*.ckpt")] if folder else []
+        raise UserError(
+            f"--ckpt_path {given}: there is no such file{near(given, known)} "
+            f"--ckpt_path last takes the newest below {root}"
+        )
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[Source, Any]:
+    """The settings of model and data that a checkpoint holds, and its tokenizer's.
+
+    The tokenizer is set apart: it belongs to the data, from which the model gets it.
+
+    Raises:
+        ValueError: no checkpoint of ours, or a class in it is not imported (a checkpoint never causes an import).
+    """
+    from switchkit import checkpoints
+
+    settings = checkpoints.read_settings(path)
+    model, tokenizer = settings.get("model"), None
+    if model:
+        arguments = dict(model.get("init_args") or {})
+        tokenizer = arguments.pop("tokenizer", None)
+        model = {**model, "init_args": arguments}
+    values = {"model": model, "data": settings.get("data")}
+    return Source({key: value for key, value in values.items() if value}, str(path)), tokenizer
+
+
+def _root_dir(sources: Sequence[Source]) -> str:
+    found = "runs"
+    for source in sources:
+        trainer = source.values.get("trainer")
+        if isinstance(trainer, Mapping) and trainer.get("default_root_dir"):
+            found = str(trainer["default_root_dir"])
+    return found

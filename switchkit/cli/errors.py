@@ -1,0 +1,93 @@
+"""Which errors are the user's to mend, and how they are told: in one line, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from switchkit.registry import nearest
+
+__all__ = ["UserError", "exit_code", "listed", "near", "one_line", "short"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class UserError(Exception):
+    """A mistake in a command line or configuration; the message says what to write instead."""
+
+
+def one_line(error: BaseException) -> str | None:
+    """The error as one line, or None if it is not known to be the user's and must keep its traceback.
+
+    Known are `UserError`, a ValueError that a switchkit module raised itself, and an OSError of a file that a
+    switchkit module asked the standard library for.
+    """
+    if isinstance(error, OSError):
+        if not _raised_here(error.__traceback__, through_stdlib=True):
+            return None
+        reason = error.strerror or str(error)
+        return _flat(f"{error.filename}: {reason}" if error.filename is not None else str(error))
+    if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
+        return _flat(str(error))
+    return None
+
+
+def exit_code(exit: SystemExit) -> int:
+    """The code of a SystemExit: 143 after SIGTERM and 130 after Ctrl-C, which Lightning ends with 0 and 1."""
+    if type(exit).__name__ == "Stopped":
+        told = vars(exit)
+        line = f"stopped by {told['signal']} after step {told['step']}; go on with --ckpt_path {told['path']}"
+        print(f"switchkit: {line}", file=sys.stderr)
+    if type(exit).__name__ == "SIGTERMException":
+        return 143
+    if isinstance(exit.__context__, KeyboardInterrupt):
+        return 130
+    if exit.code is None or isinstance(exit.code, int):
+        return exit.code or 0
+    print(exit.code, file=sys.stderr)
+    return 1
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, if any is near."""
+    known = list(known)
+    begun = [name for name in known if len(word) > 1 and name.startswith(word)]
+    return nearest(word, begun) or (f". Did you mean {begun[0]!r}?" if begun else nearest(word, known)) or "."
+
+
+def short(value: object, width: int = 60) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def listed(word: str, known: Iterable[str], title: str) -> str:
+    """`near`, then all that is known, unless that is much and the nearest will do."""
+    known = list(known)
+    hint = near(word, known)
+    return hint if hint != "." and len(known) > 12 else f"{hint} {title}: {', '.join(known) or 'none'}"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split()) or "failed without a message"
+
+
+def _raised_here(trace: TracebackType | None, through_stdlib: bool = False) -> bool:
+    files = []
+    while trace is not None:
+        files.append(trace.tb_frame.f_code.co_filename)
+        trace = trace.tb_next
+    while through_stdlib and files and _is_stdlib(files[-1]):
+        files.pop()
+    return bool(files) and _PACKAGE in Path(files[-1]).resolve().parents
+
+
+def _is_stdlib(file: str) -> bool:
+    path = Path(file)
+    return file.startswith("<frozen") or (
+        path.parent.name != "site-packages"
+        and "site-packages" not in path.parts
+        and any(part == f"python{sys.version_info.major}.{sys.version_info.minor}" for part in path.parts)
+    )

@@ -1,0 +1,206 @@
+"""The commands that run a Trainer: fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
+
+from switchkit import __version__
+from switchkit.checkpoints import AtomicCheckpointIO
+from switchkit.cli.arguments import read_arguments
+from switchkit.cli.errors import UserError
+from switchkit.cli.parser import SwitchkitParser
+from switchkit.cli.part_help import part_help
+from switchkit.cli.settings import compose
+
+__all__ = ["SwitchkitCLI", "build", "run"]
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run ``switchkit fit`` or a sister command."""
+    SwitchkitCLI(command, argv)
+    return 0
+
+
+def build(argv: Sequence[str], command: str = "fit") -> SwitchkitCLI:
+    """Model, data and trainer as `command` would build them, without running it."""
+    return SwitchkitCLI(command, argv, execute=False)
+
+
+class SwitchkitCLI(LightningCLI):
+    """LightningCLI over settings that are merged and checked beforehand.
+
+    Args:
+        command: fit, validate, test or predict.
+        argv: its command line.
+        execute: False builds `model`, `datamodule` and `trainer` only.
+    """
+
+    def __init__(self, command: str, argv: Sequence[str], *, execute: bool = True) -> None:
+        self.command, self.execute = command, execute
+        self.arguments = read_arguments(argv)
+        _quiet(command)
+        # Merged before Lightning builds its parsers, so that a mistake is told at once.
+        asks_help = self.arguments.help or self.arguments.part_help is not None
+        self._tree: dict[str, Any] = {} if asks_help else compose(command, self.arguments)
+        super().__init__(
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": "runs"},
+            seed_everything_default=0,
+            parser_class=SwitchkitParser,
+            parser_kwargs={
+                "prog": "switchkit",
+                command: {"usage": f"switchkit {command} --config NAME [--config ...] [--KEY VALUE ...]"},
+            },
+            auto_configure_optimizers=False,
+        )
+
+    @property
+    def settings(self) -> Any:
+        """The settings of this run, as config.yaml saves them."""
+        return self.config[self.command]
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # The parsers of the sister commands would take their time and parse nothing.
+        own = {self.command: LightningCLI.subcommands()[self.command]}
+        self.subcommands = lambda: own  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"switchkit {__version__}, lightning {version('lightning')}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ActionConfigFile,
+            help="A YAML file or the name of a recipe (`switchkit list recipes`). Give several: later ones win.",
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--plugins", type=list[str] | None, help="Modules to import first, such as my_file.")
+        parser.link_arguments(
+            "data",
+            "model.init_args.tokenizer",
+            compute_fn=lambda data: getattr(data, "tokenizer", None),
+            apply_on="instantiate",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if self.arguments.help:
+            parser.parse_args([self.command, "--help"])
+        if self.arguments.part_help is not None:
+            sys.stdout.write(part_help(self.command, self.arguments))
+            raise SystemExit(0)
+        self.config = parser.parse_object({"subcommand": self.command, self.command: self._tree})
+        if self.arguments.print_config is not None:
+            self._print_config(self.arguments.print_config)
+            raise SystemExit(0)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the checkpoint's settings came first in `compose`, so that the command line wins over them."""
+
+    def _print_config(self, flags: str) -> None:
+        asked = set(flags.split(",")) - {""}
+        if not asked <= {"skip_unset", "skip_default"}:
+            raise UserError(
+                f"--print_config={flags}: expected nothing, =skip_unset, =skip_default or both with a comma"
+            )
+        options = {"skip_unset": "skip_unset" in asked, "skip_default": "skip_default" in asked}
+        sys.stdout.write(self._parser(self.command).dump(self.settings, **options))
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise _unwrapped(error) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = settings.get("callbacks")
+        own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        if self.command == "fit":
+            settings["callbacks"] = own + [callback for callback in _defaults(self) if _wanted(callback, own, settings)]
+            if settings.get("enable_model_summary") is None and not any(isinstance(c, ModelSummary) for c in own):
+                settings["enable_model_summary"] = False  # the opening table tells it
+        if settings.get("logger") in (None, True):
+            # Lightning's own choice depends on what is installed.
+            settings["logger"] = CSVLogger(settings["default_root_dir"], name="")
+        plugins = settings.get("plugins")
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            settings["plugins"] = [*plugins, AtomicCheckpointIO()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.execute:
+            super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        from switchkit import report
+
+        report.opening(self)
+
+    def after_fit(self) -> None:
+        from switchkit import report
+
+        report.closing(self)
+
+
+def _quiet(command: str) -> None:
+    """Drop advertisements, and warnings that a user of the command line can do nothing about."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith("💡 Tip")
+    )
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    if command != "fit":
+        # Saving is nothing that a test run does.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a constructor raised, without jsonargparse's report of all members of the union that it tried."""
+    while error.__cause__ is not None and _module_of(error).startswith("jsonargparse."):
+        error = error.__cause__
+    return UserError(str(error)) if isinstance(error, MisconfigurationException) else error
+
+
+def _module_of(error: BaseException) -> str:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__")) if frames else ""
+
+
+def _defaults(cli: SwitchkitCLI) -> list[Callback]:
+    from switchkit import callbacks
+
+    return list(callbacks.defaults(cli))
+
+
+def _wanted(callback: Callback, own: list[Callback], settings: Any) -> bool:
+    """Whether a default callback is added: not if the user configured its like or switched it off."""
+    switches = {
+        ProgressBar: "enable_progress_bar",
+        Checkpoint: "enable_checkpointing",
+        ModelSummary: "enable_model_summary",
+    }
+    if any(isinstance(callback, kind) and settings.get(name) is False for kind, name in switches.items()):
+        return False
+    # A Trainer takes one bar only.
+    like = next((kind for kind in (ProgressBar, ModelSummary) if isinstance(callback, kind)), type(callback))
+    return not any(isinstance(other, like) for other in own)

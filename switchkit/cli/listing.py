@@ -1,0 +1,72 @@
+"""``switchkit list``: what a name in a recipe can stand for. Imports torch, but not Lightning."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from switchkit.cli.errors import UserError, near
+from switchkit.cli.options import OptionParser
+from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.recipes import recipes
+from switchkit.registry import KINDS, full_path, named
+
+__all__ = ["run"]
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Print a table per kind of part, and the recipes."""
+    kinds = [*KINDS, "recipes"]
+    rest, plugins = split_plugins(argv)
+    parser = OptionParser(command, "Show the parts and recipes that a name in a configuration can stand for.")
+    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"one of {', '.join(kinds)}; all by default")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    asked = parser.parse(rest).kind
+    for kind in asked:
+        if kind not in kinds:
+            raise UserError(f"switchkit list: unknown kind {kind!r}{near(kind, kinds)} Kinds: {', '.join(kinds)}")
+    load_entry_points()
+    import_plugins(plugins, "--plugins")
+    # A pipe has no width of its own; 80 columns would break the names.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for kind in asked or kinds:
+        console.print(_recipes() if kind == "recipes" else _parts(kind))
+    return 0
+
+
+def _parts(kind: str) -> Table:
+    module, _, base = KINDS[kind].rpartition(".")
+    table = _table(kind, "name", "class", "what it does", "source")
+    for name, cls in named(getattr(importlib.import_module(module), base)).items():
+        path = cls.__name__ if cls.__module__.startswith("switchkit.") else full_path(cls)
+        table.add_row(name, path, *_told(cls))
+    return table
+
+
+def _recipes() -> Table:
+    table = _table("recipes", "name", "what it trains")
+    for name, path in recipes().items():
+        comments = (line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
+        table.add_row(name, next(comments, ""))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("name", "class"))
+    return table
+
+
+def _told(cls: type) -> tuple[str, str]:
+    """The first sentence of a class's docstring, and its source: an arXiv number, or as it is written."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    source = re.search(r"^Source:\s*(.*)", text, re.MULTILINE)
+    paper = re.search(r"arXiv[: ]*(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", source[1] if source else "")
+    return text.partition("\n")[0], f"arXiv {paper[1]}" if paper else source[1] if source else ""

@@ -1,0 +1,51 @@
+"""Small command lines: argparse, with errors of one line that name the nearest option."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from switchkit.cli.errors import UserError, near
+
+__all__ = ["OptionParser"]
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises `UserError`, and takes no abbreviations."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"switchkit {command}", description=description, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options of `argv`.
+
+        Raises:
+            UserError: an unknown option, a missing or unfit value.
+        """
+        found, unknown = super().parse_known_args(list(argv))
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            name = unknown[0].partition("=")[0]
+            raise UserError(f"{self.prog}: unknown option {name!r}{near(name, known)} Options: {', '.join(known)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a `UserError`."""
+        raise UserError(f"{self.prog}: {re.sub(r'^argument ', '', message)}")
+
+
+def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
+    """A type for `add_argument`: a number that `fits`, described by `accepted` in the error."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}")
+        return value
+
+    return read

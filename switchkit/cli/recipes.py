@@ -1,0 +1,109 @@
+"""Finding and reading recipes and other configuration files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkit.cli.errors import UserError, near, short
+from switchkit.cli.plugins import importable
+
+__all__ = ["find_config", "load_yaml", "read_config", "recipes"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipes() -> dict[str, Path]:
+    """The packaged recipes by name: ``recipes()["routing/expert_choice"]``."""
+    # In a wheel they lie inside the package, in a checkout beside it.
+    folder = next((f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that ``--config`` names: a path, or else the name of a packaged recipe.
+
+    Raises:
+        UserError: neither exists.
+    """
+    path = Path(name).expanduser()
+    known = recipes()
+    recipe = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
+    if path.is_file():
+        return path
+    if recipe in known:
+        return known[recipe]
+    if path.is_dir():
+        raise UserError(f"--config {name}: this is a folder; give a YAML file in it")
+    raise UserError(
+        f"--config {name}: there is no such file, nor a recipe of that name{near(recipe, known)} "
+        f"Recipes: {', '.join(known) or 'none'}"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML (or JSON) file holds. Its folder becomes importable.
+
+    Raises:
+        UserError: unreadable, not UTF-8, not YAML or not a mapping; says where in the file.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    importable(path.resolve().parent)
+    try:
+        values = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_position(error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: expected a mapping such as `trainer: {{max_steps: 100}}`, got {short(values)}")
+    return values
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it: ``1e-3`` is a number, a date is text. A key given twice is an error."""
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = (
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+)
+# YAML 1.1, which PyYAML follows, takes 1e-3 for text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":timestamp", ":float"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(rf"^(?:{_FLOAT}|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def _position(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    context = getattr(error, "context", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{place}: not valid YAML: {problem}{f' ({context})' if context else ''}"

@@ -1,0 +1,157 @@
+"""The settings of one run: checkpoint < environment < configurations in order < command line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from switchkit.cli.arguments import Arguments, environment
+from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
+from switchkit.cli.errors import UserError, near, short
+from switchkit.cli.normalise import Source, merge, merge_arguments, require, target_of
+from switchkit.cli.plugins import import_plugins, load_entry_points
+from switchkit.cli.recipes import find_config, read_config, recipes
+from switchkit.cli.signatures import Parameter, signature_of
+
+__all__ = ["METHODS", "compose", "gather", "merge_all", "root_parameters"]
+
+METHODS = ("fit", "validate", "test", "predict")
+
+# Of a Trainer method, what the command fills in itself.
+_OWN = {"self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+
+
+def compose(command: str, arguments: Arguments) -> dict[str, Any]:
+    """Everything that `command` was told, checked and with full import paths, as one tree.
+
+    Raises:
+        UserError, ValueError: the first thing that is wrong with it.
+    """
+    sources = gather(command, arguments)
+    path = given_checkpoint(sources)
+    tokenizer = None
+    if path is not None:
+        # A checkpoint causes no import. What the recipes name is imported by this, and then found by it.
+        partial: dict[str, Any] = {}
+        for source in sources:
+            with suppress(UserError):
+                partial = _merge_root(partial, source, command)
+        checkpoint, tokenizer = read_checkpoint(path)
+        sources = [checkpoint, *sources]
+    tree = merge_all(sources, command)
+    plugins = [name for source in sources for name in _listed(source.values.get("plugins"))] + arguments.plugins
+    tree["plugins"] = list(dict.fromkeys(plugins)) or None
+    if path is not None:
+        tree["ckpt_path"] = str(path)
+    # Lightning's own default would run what the file says.
+    if tree.get("weights_only") is None:
+        tree["weights_only"] = True
+    if tokenizer is not None:
+        _keep_tokenizer(tree, tokenizer, str(path))
+    _check(tree, command)
+    return tree
+
+
+def gather(command: str, arguments: Arguments) -> list[Source]:
+    """The sources in order, the checkpoint aside; the plugins that they name are imported."""
+    load_entry_points()
+    sources = environment(command)
+    for name in arguments.configs:
+        path = find_config(name)
+        sources.append(Source(read_config(path), str(path), path.parent))
+    for source in sources:
+        named = source.values.get("plugins")
+        if named is not None and not isinstance(named, (list, str)):
+            raise UserError(f"{source.where('plugins')}: expected a list of modules, got {short(named)}")
+        import_plugins(_listed(named), source.where("plugins"))
+    import_plugins(arguments.plugins, "--plugins")
+    _import_public()
+    return [*sources, *arguments.sources()]
+
+
+def merge_all(sources: Iterable[Source], command: str) -> dict[str, Any]:
+    """The tree of several sources, the later over the earlier."""
+    tree: dict[str, Any] = {}
+    for source in sources:
+        tree = _merge_root(tree, source, command)
+    return tree
+
+
+def root_parameters(command: str) -> dict[str, Parameter]:
+    """The keys that a configuration of `command` may have at its top, `trainer` aside."""
+    method = signature_of(getattr(Trainer, command)).parameters
+    return {
+        "seed_everything": Parameter(bool | int, False),
+        "model": Parameter(LightningModule, True),
+        "data": Parameter(LightningDataModule | None, False),
+        "plugins": Parameter(list[str] | str | None, False),
+        **{name: parameter for name, parameter in method.items() if name not in _OWN},
+    }
+
+
+def _merge_root(tree: Mapping[str, Any], source: Source, command: str) -> dict[str, Any]:
+    parameters = root_parameters(command)
+    merged = dict(tree)
+    for key, value in source.values.items():
+        if key == "trainer":
+            signature = signature_of(Trainer)
+            merged[key] = merge_arguments(tree.get(key) or {}, value, signature, "Trainer", key, source, frozenset())
+        elif key in parameters:
+            merged[key] = merge(tree.get(key), value, parameters[key].hint, key, source)
+        elif any(key in root_parameters(other) for other in METHODS):
+            continue  # a saved configuration of a sister command holds it
+        else:
+            _refuse(key, source, [*parameters, "trainer"], command)
+    return merged
+
+
+def _refuse(key: str, source: Source, known: list[str], command: str) -> None:
+    if key in METHODS:
+        raise UserError(f"{source.where(key)}: the settings of {key} stand at the top of the file, not below {key!r}")
+    trainer = signature_of(Trainer).parameters
+    if key in trainer:
+        hint = f". It belongs to the trainer: {'trainer: {' + key + ': ...}' if source.label else '--trainer.' + key}."
+    else:
+        hint = near(key, [*known, "config", "print_config", "help"])
+        if hint == ".":
+            hint = near(key, trainer).replace("mean '", "mean 'trainer.")
+    raise UserError(f"{source.where(key)}: {command} has no option {key!r}{hint} Accepted: {', '.join(known)}")
+
+
+def _keep_tokenizer(tree: dict[str, Any], tokenizer: Any, label: str) -> None:
+    """Give the checkpoint's tokenizer to the data, unless a recipe or the command line named one."""
+    data = tree.get("data")
+    if not data or data["init_args"].get("tokenizer") is not None:
+        return
+    if "tokenizer" in signature_of(target_of(data)).parameters:
+        values = {"init_args": {"tokenizer": tokenizer}}
+        tree["data"] = merge(data, values, LightningDataModule, "data", Source(values, label))
+
+
+def _check(tree: dict[str, Any], command: str) -> None:
+    if not tree.get("model"):
+        known = ", ".join(recipes()) or "none found"
+        raise UserError(
+            f"{command} needs a model: give a recipe by --config NAME (recipes: {known}), or --ckpt_path PATH"
+        )
+    if (tree["model"]["init_args"] or {}).get("tokenizer") is not None:
+        raise UserError("model.tokenizer: the data's tokenizer is used; set data.tokenizer instead")
+    require(tree["model"], LightningModule, "model", frozenset({"model.tokenizer"}))
+    if tree.get("data"):
+        require(tree["data"], LightningDataModule, "data")
+    for name, parameter in signature_of(Trainer).parameters.items():
+        require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
+
+
+def _import_public() -> None:
+    """Import what may be named without its path."""
+    for module in ("callbacks", "data", "metrics", "module"):
+        importlib.import_module(f"switchkit.{module}")
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

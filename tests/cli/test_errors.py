@@ -1,0 +1,160 @@
+"""Each mistake of a user: exit code 2, and one line with the key, the value, the nearest name, what is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SMALL = ["fit", "--config", "small.yaml"]
+
+MISTAKES = {
+    # configurations
+    "no model": (["fit"], ["fit needs a model", "--config NAME"]),
+    "missing configuration": (["fit", "-c", "smal"], ["--config smal", "no such file", "Recipes:"]),
+    "a folder": (["fit", "-c", "."], ["--config .", "folder"]),
+    "not UTF-8": (["fit", "-c", "latin.yaml"], ["latin.yaml: not a UTF-8 text", "byte 5"]),
+    "not YAML": (["fit", "-c", "broken.yaml"], ["broken.yaml, line 3, column 2: not valid YAML"]),
+    "a key twice": (["fit", "-c", "twice.yaml"], ["twice.yaml, line 2", "'model' is given twice"]),
+    "not a mapping": (["fit", "-c", "list.yaml"], ["list.yaml: expected a mapping", "['a']"]),
+    "no --config": (["fit", "small.yaml"], ["'small.yaml' is not an option", "--config small.yaml"]),
+    "below fit": (["fit", "-c", "below.yaml"], ["below.yaml: fit:", "at the top of the file"]),
+    "unknown key": (["fit", "-c", "key.yaml"], ["key.yaml: modle:", "Did you mean 'model'?"]),
+    "a name in a file": (
+        [*SMALL, "-c", "typo.yaml"],
+        ["typo.yaml: model.moe.router: unknown router 'tpo_k'. Did you mean 'top_k'? Accepted: ", "round_robin"],
+    ),
+    "an argument beside init_args": (
+        [*SMALL, "-c", "beside.yaml"],
+        ["model.moe.router: 'k' stands beside", "init_args"],
+    ),
+    "no subconfiguration": ([*SMALL, "--model.moe", "no.yaml"], ["there is no file 'no.yaml'"]),
+    # options
+    "unknown option": ([*SMALL, "--confg", "a"], ["--confg: fit has no option 'confg'. Did you mean 'config'?"]),
+    "a trainer option on top": ([*SMALL, "--max_steps", "3"], ["--max_steps", "--trainer.max_steps"]),
+    "nearly a trainer option on top": ([*SMALL, "--max_step", "3"], ["Did you mean 'trainer.max_steps'?"]),
+    "unknown trainer option": (
+        [*SMALL, "--trainer.max_step", "3"],
+        ["--trainer.max_step", "Did you mean 'max_steps'?"],
+    ),
+    "no value": ([*SMALL, "--trainer.max_steps"], ["--trainer.max_steps needs a value"]),
+    # parts
+    "unknown part": (
+        [*SMALL, "--model.moe.router", "tpo_k"],
+        ["--model.moe.router: unknown router 'tpo_k'", "'top_k'?"],
+    ),
+    "wrong kind": ([*SMALL, "--model.moe.router", "balance"], ["'balance' is a loss, not a router", "top_k"]),
+    "a loss among losses": (
+        [*SMALL, "--model.losses", "[balanc]"],
+        ["--model.losses[0]", "unknown loss", "'balance'?"],
+    ),
+    "abstract base": ([*SMALL, "--model.moe.router", "switchkit.Router"], ["abstract base", "top_k"]),
+    "half a router": ([*SMALL, "--model.moe.router", "switchkit.routing.base.LinearRouter"], ["abstract base"]),
+    "unknown module": ([*SMALL, "--model.moe.router", "no.Such"], ["cannot import 'no.Such'", "no module named 'no'"]),
+    "unknown class": ([*SMALL, "--model.moe.router", "mine.NeedY"], ["module 'mine' has no 'NeedY'", "'Needy'?"]),
+    "not a router": ([*SMALL, "--model.moe.router", "mine.NotARouter"], ["mine.NotARouter is not a router"]),
+    "settings of a function": (
+        [*SMALL, "--model.moe.router", "{class_path: mine.a_router, init_args: {k: 2}}"],
+        ["a_router is a function and takes no settings"],
+    ),
+    "unknown callback": (
+        [*SMALL, "--trainer.callbacks+=LearningRateMonitr"],
+        ["--trainer.callbacks+: unknown Callback", "Did you mean 'LearningRateMonitor'?"],
+    ),
+    "no part": ([*SMALL, "--model.moe", "3"], ["--model.moe: expected", "got 3"]),
+    "nothing to edit": (
+        [*SMALL, "--model.moe.experts.width", "3"],
+        ["--model.moe.experts: no class is named", "'width'"],
+    ),
+    # parameters
+    "unknown parameter": (
+        [*SMALL, "--model.moe.router.jiter", "3"],
+        ["--model.moe.router.jiter: Switch has no parameter 'jiter'. Did you mean 'jitter'? Parameters: jitter, "],
+    ),
+    "unknown slot": ([*SMALL, "--model.moe.rooter", "switch"], ["MoELayer has no parameter 'rooter'", "'router'?"]),
+    "half a word": ([*SMALL, "--data.batch", "3"], ["TextData has no parameter 'batch'. Did you mean 'batch_size'?"]),
+    "a size": (
+        [*SMALL, "--model.moe.router.d_model", "3"],
+        ["--model.moe.router.d_model", "whatever builds the Switch"],
+    ),
+    "missing parameter": (
+        [*SMALL, "--model.moe.router", "mine.Needy"],
+        ["model.moe.router: Needy needs 'temperature', which was not given"],
+    ),
+    "wrong type": ([*SMALL, "--model.moe.router.jitter", "abc"], ["jitter: expected a number, got 'abc'"]),
+    "no integer": ([*SMALL, "--model.net.d_model", "2.5"], ["--model.net.d_model: expected an integer, got '2.5'"]),
+    "wrong choice": (
+        [*SMALL, "--model.moe.group", "sequnce"],
+        ["--model.moe.group: expected 'sequence', 'batch' or an integer, got 'sequnce'. Did you mean 'sequence'?"],
+    ),
+    "a number or a tensor": ([*SMALL, "--model.optimizer.lr", "x"], ["--model.optimizer.lr: expected a number"]),
+    "a list": ([*SMALL, "--model.losses", "[balance"], ["--model.losses: '[balance' is not valid YAML"]),
+    "the tokenizer's place": ([*SMALL, "--model.tokenizer", "CharTokenizer"], ["model.tokenizer", "data.tokenizer"]),
+    # plugins
+    "no plugin": ([*SMALL, "--plugins", "no_such"], ["--plugins: cannot import 'no_such'", "no such module"]),
+    "a plugin that fails": (
+        [*SMALL, "--plugins", "fails"],
+        ["cannot import 'fails': ZeroDivisionError: division by zero (fails.py, line 1)"],
+    ),
+    "nameless plugin": ([*SMALL, "--plugins"], ["--plugins needs the name"]),
+    "plugins as a number": (
+        [*SMALL, "-c", "plugins.yaml"],
+        ["plugins.yaml: plugins: expected a list of modules, got 3"],
+    ),
+    # checkpoints
+    "no checkpoint": ([*SMALL, "--ckpt_path", "no.ckpt"], ["--ckpt_path no.ckpt: there is no such file"]),
+    "no last checkpoint": ([*SMALL, "--ckpt_path", "last"], ["no checkpoint below runs"]),
+    "a checkpoint far away": ([*SMALL, "--ckpt_path", "https://a/b.ckpt"], ["download the checkpoint first"]),
+    "a damaged checkpoint": (["validate", "--ckpt_path", "damaged.ckpt"], ["damaged.ckpt"]),
+}
+
+FILES = {
+    "latin.yaml": b"# x: \xe9\n",
+    "broken.yaml": b"model:\n  a: [1, 2\nb: 3\n",
+    "twice.yaml": b"model: {}\nmodel: {}\n",
+    "list.yaml": b"- a\n",
+    "below.yaml": b"fit: {model: LanguageModule}\n",
+    "key.yaml": b"modle: {}\n",
+    "typo.yaml": b"model: {init_args: {moe: {init_args: {router: tpo_k}}}}\n",
+    "beside.yaml": b"model: {init_args: {moe: {init_args: {router: {class_path: top_k, k: 2}}}}}\n",
+    "plugins.yaml": b"plugins: 3\n",
+    "fails.py": b"1 / 0\n",
+    "damaged.ckpt": b"PK\x03\x04",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_line_that_says_what_to_write(run, name):
+    argv, said = MISTAKES[name]
+    for file, content in FILES.items():
+        Path(file).write_bytes(content)
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("switchkit: error: ")
+    assert [part for part in said if part not in err] == [], err
+
+
+BUILDS = {
+    "a value of a part": (["--model.moe.router.jitter", "3"], ["jitter must be in [0, 1); got 3.0"]),
+    "a value of the model": (["--model.warmup_steps", "-1"], ["warmup_steps must be at least 0; got -1"]),
+    "no text": (["--data.path", "no.txt"], ["no.txt"]),
+    "no strategy": (["--trainer.strategy", "foo"], ["trainer: ", "'foo'"]),
+    "a callback's value": (
+        ["--trainer.callbacks+", "{class_path: EarlyStopping, init_args: {monitor: a, mode: foo}}"],
+        ["mode", "foo"],
+    ),
+    "a type of jsonargparse": (["--model.optimizer.betas", "[1, a]"], ["model.optimizer.betas: "]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", BUILDS)
+def test_errors_of_constructors_are_one_line_too(run, name):
+    argv, said = BUILDS[name]
+    code, _, err = run(*SMALL, *argv)
+    told = [line for line in err.splitlines() if line.startswith("switchkit: error: ")]
+    assert code == 2
+    assert len(told) == 1
+    assert "Traceback" not in err, err
+    assert [part for part in said if part not in told[0]] == [], err

@@ -1,0 +1,240 @@
+"""The commands that run a Trainer, on a model of seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from switchkit.cli import main
+from switchkit.cli.arguments import read_arguments
+from switchkit.cli.lightning import build
+from switchkit.cli.settings import compose
+
+# jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+SMALL = ("-c", "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The run folder of two steps with a TopK of the user's file."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def runs(folder, trained, run) -> Path:
+    if not any(trained.iterdir()):
+        argv = [
+            *SMALL,
+            "--plugins",
+            "mine",
+            "--model.moe.router",
+            "mine_top_k",
+            "--trainer.default_root_dir",
+            str(trained),
+        ]
+        assert run("fit", *argv)[0] == 0
+    return trained
+
+
+def settings(command, *argv):
+    return compose(command, read_arguments(argv))
+
+
+def router(found):
+    return found["model"]["init_args"]["moe"]["init_args"]["router"]
+
+
+def test_fit_writes_below_the_run_folder(runs):
+    assert (runs / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    assert not Path("runs").exists()
+
+
+def test_the_saved_configuration_runs_again_and_holds_import_paths(runs, run):
+    saved = yaml.safe_load((runs / "version_0" / "config.yaml").read_text())
+    assert saved["plugins"] == ["mine"]
+    assert saved["model"]["init_args"]["moe"]["init_args"]["router"]["class_path"] == "mine.MyTopK"
+    code, out, _ = run("fit", "-c", str(runs / "version_0" / "config.yaml"), "--print_config")
+    assert code == 0
+    assert yaml.safe_load(out) == saved
+
+
+def test_configurations_in_order_then_the_command_line():
+    Path("top_k.yaml").write_text("model: {init_args: {moe: {init_args: {router: top_k}}}}\ntrainer: {max_steps: 5}\n")
+    found = settings("fit", "--trainer.max_steps", "7", *SMALL, "-c", "top_k.yaml")
+    moe = found["model"]["init_args"]["moe"]["init_args"]
+    # Nothing of the recipe's Switch with its jitter of 0.3; everything beside it stays.
+    assert moe["router"] == {"class_path": "switchkit.routing.token_choice.TopK", "init_args": {}}
+    assert moe["capacity"]["init_args"] == {"train": 1.25}
+    assert found["trainer"]["max_steps"] == 7
+
+
+def test_variables_come_before_configurations(monkeypatch):
+    monkeypatch.setenv("SWITCHKIT_FIT__TRAINER__MAX_STEPS", "9")
+    monkeypatch.setenv("SWITCHKIT_FIT__TRAINER__MAX_EPOCHS", "9")
+    monkeypatch.setenv("SWITCHKIT_DATA", "elsewhere")
+    found = settings("fit", *SMALL)
+    assert found["trainer"]["max_steps"] == 2
+    assert found["trainer"]["max_epochs"] == 9
+    assert found["data"]["init_args"]["path"] == "text.txt"
+
+
+def test_plugins_in_a_configuration_and_a_router_beside_it(folder):
+    (folder / "far").mkdir()
+    (folder / "mine.py").rename(folder / "far" / "beside.py")
+    recipe = Path("small.yaml").read_text().replace("{class_path: switch, init_args: {jitter: 0.3}}", "mine_top_k")
+    (folder / "far" / "recipe.yaml").write_text(recipe + "plugins: [beside]\n")
+    found = settings("fit", "-c", "far/recipe.yaml", "--plugins", "beside")
+    assert router(found)["class_path"] == "beside.MyTopK"
+    assert found["plugins"] == ["beside"]
+
+
+def test_a_saved_configuration_serves_a_sister_command():
+    Path("saved.yaml").write_text(Path("small.yaml").read_text() + "verbose: true\nreturn_predictions: null\n")
+    assert "verbose" not in settings("fit", "-c", "saved.yaml")
+    assert settings("test", "-c", "saved.yaml")["verbose"] is True
+
+
+def test_what_is_built():
+    from switchkit.callbacks import SaveLast, TrainingBar
+    from switchkit.checkpoints import AtomicCheckpointIO
+
+    cli = build(SMALL)
+    assert cli.model.tokenizer is cli.datamodule.tokenizer
+    assert type(cli.model.net.blocks[1].mlp.router).__name__ == "Switch"
+    assert [type(term).__name__ for term in cli.model.losses] == ["Balance", "RouterZ"]
+    # The default callbacks, and checkpoints that are written whole and read as plain data.
+    for kind in (SaveLast, TrainingBar):
+        assert sum(isinstance(callback, kind) for callback in cli.trainer.callbacks) == 1
+    assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    assert cli.settings.weights_only is True
+
+
+def test_a_default_callback_is_not_added_to_its_like_nor_where_it_is_switched_off():
+    from switchkit.callbacks import SaveLast, TrainingBar
+
+    added = ["--trainer.callbacks+", "{class_path: SaveLast, init_args: {every_n_steps: 7}}"]
+    cli = build([*SMALL, *added, "--trainer.enable_progress_bar", "false"])
+    assert [c.every_n_steps for c in cli.trainer.callbacks if isinstance(c, SaveLast)] == [7]
+    assert not any(isinstance(c, TrainingBar) for c in cli.trainer.callbacks)
+
+
+def test_settings_of_the_checkpoint_come_first(runs):
+    last = ["--plugins", "mine", "--trainer.default_root_dir", str(runs), "--ckpt_path", "last"]
+    alone = settings("validate", *last)
+    assert router(alone)["class_path"] == "mine.MyTopK"
+    assert alone["data"]["init_args"]["batch_size"] == 4
+    assert alone["ckpt_path"] == str(runs / "version_0" / "checkpoints" / "last.ckpt")
+    edited = settings("validate", *last, "--model.moe.router.k", "3", "--data.batch_size", "2")
+    assert (router(edited)["class_path"], router(edited)["init_args"]["k"]) == ("mine.MyTopK", 3)
+    assert edited["data"]["init_args"]["batch_size"] == 2
+    Path("part.yaml").write_text("model: {init_args: {moe: {init_args: {router: switch}}}}\n")
+    assert router(settings("validate", *last, "-c", "part.yaml"))["class_path"].endswith("Switch")
+
+
+def test_the_tokenizer_of_the_checkpoint_is_kept_with_other_data(runs):
+    Path("other.txt").write_text("the lazy dog\n" * 400)
+    last = ["--plugins", "mine", "--ckpt_path", str(runs / "version_0" / "checkpoints" / "last.ckpt")]
+    data = ["--data", "{class_path: TextData, init_args: {path: other.txt, context: 16, validation_prefix: 512}}"]
+    cli = build([*last, *data], "test")
+    assert "q" in cli.datamodule.tokenizer.characters
+    assert cli.model.tokenizer == cli.datamodule.tokenizer
+
+
+def test_a_checkpoint_never_causes_an_import(runs, run):
+    code, _, err = run("validate", "--ckpt_path", str(runs / "version_0" / "checkpoints" / "last.ckpt"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "mine.MyTopK" in err
+
+
+def test_what_a_recipe_names_may_be_named_by_the_checkpoint(runs):
+    last = ["--ckpt_path", str(runs / "version_0" / "checkpoints" / "last.ckpt")]
+    found = settings("validate", *SMALL, "--model.moe.router", "mine.MyTopK", *last)
+    assert router(found)["class_path"] == "mine.MyTopK"
+
+
+def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
+    last = ["--plugins", "mine", "--trainer.default_root_dir", str(runs), "--ckpt_path", "last"]
+    code, _, _ = run("fit", *last, "--trainer.max_steps", "3", "--trainer.accelerator", "cpu")
+    assert code == 0
+    saved = torch.load(runs / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+
+
+def test_validate_prints_the_loss(runs, run):
+    checkpoint = str(runs / "version_0" / "checkpoints" / "last.ckpt")
+    code, out, _ = run("validate", "--plugins", "mine", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
+    assert code == 0
+    assert "val/loss" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--help"], "--trainer.max_steps"),
+        (["--model.moe.router.help", "top_k"], "--normalize"),
+        ([*SMALL, "--model.net.help"], "--num_layers"),
+        (["--trainer.callbacks.help", "ModelCheckpoint"], "--monitor"),
+    ],
+)
+def test_help(run, argv, said):
+    code, out, _ = run("fit", *argv)
+    assert code == 0
+    assert said in out
+
+
+def test_describe_trains_nothing(run):
+    code, out, _ = run("describe", *SMALL)
+    assert code == 0
+    assert "switch" in out
+    assert not Path("runs").exists()
+
+
+def test_generate(runs, run):
+    argv = ["--plugins", "mine", "--ckpt_path", "last", "--default_root_dir", str(runs), "--device", "cpu"]
+    argv += ["--prompt", "the quick", "--max_new_tokens", "12"]
+    code, out, err = run("generate", *argv)
+    assert code == 0
+    assert out.startswith("the quick")
+    assert len(out) == len("the quick") + 12 + 1
+    assert str(runs) in err
+    assert run("generate", *argv)[1] == out
+    assert run("generate", *argv, "--seed", "5")[1] != out
+    greedy = run("generate", *argv, "--temperature", "0")[1]
+    assert run("generate", *argv, "--top_k", "1")[1] == greedy
+    code, out, err = run("generate", *argv, "--prompt", "€")
+    assert (code, out) == (2, "")
+    assert "'€'" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--temperature", "-1"], "--temperature: expected a finite number of at least 0, got '-1'"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top_p", "0"], "--top_p: expected a number above 0 and at most 1, got '0'"),
+        (["--top_k", "0"], "--top_k: expected an integer of at least 1, got '0'"),
+        (["--max_new_tokens", "x"], "--max_new_tokens"),
+        (["--tempratur", "1"], "unknown option '--tempratur'. Did you mean '--temperature'?"),
+        (["--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["--device", "tpu9"], "--device tpu9"),
+    ],
+)
+def test_mistakes_of_generate(run, argv, said):
+    code, out, err = run("generate", "--ckpt_path", "x.ckpt", "--prompt", "a", *argv)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_generate_names_the_missing_option(run):
+    assert "--prompt" in run("generate", "--ckpt_path", "x.ckpt")[2]
+    assert main(["generate", "--prompt", "a"]) == 2

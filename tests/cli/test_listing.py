@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchkit.registry import KINDS, _all
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_part_with_its_paper(run):
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    assert [title for title in [*KINDS, "recipes"] if title not in out] == []
+    assert [name for name in _all() if name not in out] == []
+    assert "arXiv 2101.03961" in out
+
+
+def test_one_kind(run):
+    out = run("list", "losses")[1]
+    assert "balance" in out
+    assert "top_k" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["ruters"], "unknown kind 'ruters'. Did you mean 'routers'? Kinds: routers, capacity"),
+        (["--plugin", "x"], "unknown option '--plugin'. Did you mean '--plugins'?"),
+    ],
+)
+def test_mistakes(run, argv, said):
+    code, _, err = run("list", *argv)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_lightning_is_not_imported():
+    program = "import sys; from switchkit.cli import main; main(['list']); sys.exit('lightning' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr

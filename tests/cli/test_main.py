@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchkit import __version__
+from switchkit.cli import COMMANDS, UserError, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], ["fitt"]])
+def test_answers_without_torch(argv):
+    program = f"import sys; from switchkit.cli import main; main({argv!r}); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+
+
+def test_python_m_switchkit_is_the_same_program():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "switchkit", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (found.returncode, found.stdout) == (0, f"switchkit {__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_help_lists_every_command(run, argv):
+    code, out, err = run(*argv)
+    assert (code, err) == (0, "")
+    assert all(f"  {name} " in out and text in out for name, (_, text) in COMMANDS.items())
+
+
+def test_unknown_command_names_the_nearest(run):
+    code, out, err = run("lst")
+    assert (code, out) == (2, "")
+    assert err.startswith("switchkit: error: unknown command 'lst'. Did you mean 'list'? Commands: fit, validate, ")
+
+
+def test_working_directory_is_appended_not_inserted(folder, run):
+    run("--version")
+    assert sys.path[-1] == str(folder)
+
+
+def _raising(error):
+    def run(command, argv):
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Make `switchkit bench` raise."""
+    module = type(sys)("switchkit.cli.bench")
+    monkeypatch.setitem(sys.modules, "switchkit.cli.bench", module)
+
+    def set_error(error):
+        module.run = _raising(error)
+
+    return set_error
+
+
+def test_a_user_error_is_one_line(run, fails):
+    fails(UserError("two\nlines"))
+    assert run("bench") == (2, "", "switchkit: error: two lines\n")
+
+
+@pytest.mark.parametrize("where", ["flag", "environment"])
+def test_debug_shows_the_traceback(run, fails, monkeypatch, where):
+    fails(UserError("told"))
+    if where == "environment":
+        monkeypatch.setenv("SWITCHKIT_DEBUG", "1")
+    code, _, err = run("bench", *(["--debug"] if where == "flag" else []))
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("switchkit: error: told\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), FileNotFoundError(2, "a bug", "file")])
+def test_an_unexpected_error_keeps_its_traceback(fails, error):
+    fails(error)
+    with pytest.raises(type(error)):
+        main(["bench"])
+
+
+def test_a_value_error_of_the_package_is_one_line(run, fails, monkeypatch):
+    from switchkit.registry import lookup
+
+    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", lambda command, argv: lookup("tpo_k"), raising=False)
+    code, _, err = run("bench")
+    assert code == 2
+    assert err.startswith("switchkit: error: unknown part 'tpo_k'. Did you mean 'top_k'?")
+
+
+def test_a_missing_file_that_the_package_opens_is_one_line(run, fails, monkeypatch):
+    from switchkit.cli import recipes
+
+    def read(command, argv):
+        monkeypatch.setattr(recipes, "recipes", lambda: {"gone": Path("gone.yaml")})
+        recipes.read_config(Path("gone.yaml"))
+
+    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", read, raising=False)
+    code, _, err = run("bench")
+    assert (code, err) == (2, "switchkit: error: gone.yaml: cannot be read: No such file or directory\n")
+
+
+class SIGTERMException(SystemExit):
+    pass
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(fails, run):
+    from switchkit.callbacks import Stopped
+
+    fails(Stopped(15, 7, "runs/last.ckpt"))
+    line = "switchkit: stopped by SIGTERM after step 7; go on with --ckpt_path runs/last.ckpt\n"
+    assert run("bench") == (143, "", line)
+
+
+def _exit_in_interrupt():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def test_exit_codes(fails, run):
+    for error, code in ((SystemExit(7), 7), (SystemExit(), 0), (KeyboardInterrupt(), 130), (SIGTERMException(), 143)):
+        fails(error)
+        assert run("bench")[0] == code
+    sys.modules["switchkit.cli.bench"].run = lambda command, argv: _exit_in_interrupt()
+    assert run("bench")[0] == 130

@@ -1,0 +1,125 @@
+"""Merging: naming a part replaces it whole, arguments alone edit it, nothing leaks from one to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from switchkit.cli.errors import UserError
+from switchkit.cli.normalise import Source, edit, merge
+from switchkit.layers import MoEFactory, RouterFactory
+from switchkit.losses.base import LossFactory
+
+TOP_K = "switchkit.routing.token_choice.TopK"
+SWITCH = "switchkit.routing.token_choice.Switch"
+
+
+def part(*sources, hint=RouterFactory | None, key="router"):
+    """What is left at one place after several configurations (texts of YAML) and edits."""
+    value = None
+    for source in sources:
+        if isinstance(source, tuple):
+            first = edit(f"{key}{source[0]}", source[1])
+            value = merge(value, first.values[key], hint, key, first)
+        else:
+            value = merge(value, yaml.safe_load(source), hint, key, Source({}, "file.yaml", Path()))
+    return value
+
+
+def test_a_name_becomes_a_path():
+    assert part("top_k") == {"class_path": TOP_K, "init_args": {}}
+    assert part("{class_path: top_k, init_args: {k: 3}}") == {"class_path": TOP_K, "init_args": {"k": 3}}
+    assert part("null") is None
+
+
+def test_naming_another_class_leaves_nothing_of_the_first():
+    # Both have a jitter: with stock jsonargparse the 0.3 would go over to TopK.
+    assert part("{class_path: switch, init_args: {jitter: 0.3}}", "top_k")["init_args"] == {}
+
+
+def test_naming_the_same_class_again_starts_from_its_defaults():
+    assert part("{class_path: switch, init_args: {jitter: 0.3}}", "switch")["init_args"] == {}
+    assert part("{class_path: switch, init_args: {jitter: 0.3}}", ("", "switch"))["init_args"] == {}
+
+
+def test_arguments_alone_edit():
+    found = part("{class_path: switch, init_args: {jitter: 0.3}}", "{init_args: {sample: true}}")
+    assert found == {"class_path": SWITCH, "init_args": {"jitter": 0.3, "sample": True}}
+
+
+@pytest.mark.parametrize("path", [".k", ".init_args.k"])
+def test_the_command_line_edits(path):
+    found = part("{class_path: top_k, init_args: {jitter: 0.3}}", (path, "3"))
+    assert found == {"class_path": TOP_K, "init_args": {"jitter": 0.3, "k": 3}}
+
+
+def test_the_command_line_names_then_edits():
+    assert part("switch", ("", "top_k"), (".k", "3")) == {"class_path": TOP_K, "init_args": {"k": 3}}
+    assert part("switch", (".class_path", "top_k"), (".k", "3")) == {"class_path": TOP_K, "init_args": {"k": 3}}
+    assert part(("", "{class_path: top_k, init_args: {k: 3}}")) == {"class_path": TOP_K, "init_args": {"k": 3}}
+    assert part("switch", ("", "null")) is None
+
+
+def test_edits_reach_parts_within_parts():
+    found = part(
+        "{class_path: MoELayer, init_args: {router: switch, group: batch}}",
+        "{init_args: {router: {class_path: top_k, init_args: {k: 2}}}}",
+        (".router.k", "3"),
+        hint=MoEFactory | None,
+        key="moe",
+    )
+    router = {"class_path": TOP_K, "init_args": {"k": 3}}
+    assert found["init_args"] == {"router": router, "group": "batch"}
+
+
+def test_the_one_class_of_a_place_need_not_be_named():
+    found = part((".router", "top_k"), hint=MoEFactory | None, key="moe")
+    assert found["class_path"] == "switchkit.layers.MoELayer"
+    with pytest.raises(UserError, match="no class is named"):
+        part((".k", "3"))
+
+
+def test_a_text_that_is_a_name_elsewhere_stays_a_text():
+    found = part("{class_path: mine.MyTopK, init_args: {service: random}}")
+    assert found["init_args"] == {"service": "random"}
+
+
+def test_class_path_null_is_the_part_of_that_name(monkeypatch):
+    from switchkit import registry
+    from switchkit.routing.token_choice import TopK
+
+    monkeypatch.setitem(registry._table, "null", TopK)
+    assert part("{class_path: null, init_args: {k: 2}}")["class_path"] == TOP_K
+
+
+def test_lists_are_replaced_appended_to_and_edited_at_their_end():
+    hint = list[LossFactory] | None
+    first = "[balance, {class_path: router_z, init_args: {weight: 0.5}}]"
+    names = ["switchkit.losses.balance.Balance", "switchkit.losses.router_z.RouterZ"]
+    assert [item["class_path"] for item in part(first, hint=hint)] == names
+    assert [item["class_path"] for item in part(first, "[router_z]", hint=hint)] == names[1:]
+    assert part(first, "balance", hint=hint) == [{"class_path": names[0], "init_args": {}}]
+    assert part(first, ("", "[balance]"), hint=hint) == [{"class_path": names[0], "init_args": {}}]
+    assert part(first, (".weight", "2"), hint=hint)[1]["init_args"] == {"weight": 2.0}
+    assert part(first, "[]", hint=hint) == []
+
+
+def test_a_function_is_a_factory_too():
+    assert part("mine.a_router") == "mine.a_router"
+    assert part("{class_path: mine.a_router}") == "mine.a_router"
+
+
+def test_a_subconfiguration_is_read_beside_its_configuration(folder):
+    (folder / "parts").mkdir()
+    (folder / "parts" / "three.yaml").write_text("class_path: top_k\ninit_args: {k: 3}\n")
+    found = merge(None, "three.yaml", RouterFactory | None, "router", Source({}, "a.yaml", folder / "parts"))
+    assert found == {"class_path": TOP_K, "init_args": {"k": 3}}
+
+
+def test_nothing_is_changed_in_place():
+    before = {"class_path": SWITCH, "init_args": {"jitter": 0.3}}
+    source = edit("router.jitter", "0.1")
+    merge(before, source.values["router"], RouterFactory | None, "router", source)
+    assert before == {"class_path": SWITCH, "init_args": {"jitter": 0.3}}

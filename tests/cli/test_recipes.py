@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from switchkit.cli import recipes as module
+from switchkit.cli.errors import UserError
+from switchkit.cli.recipes import find_config, load_yaml, read_config, recipes
+
+
+@pytest.fixture
+def packaged(folder, monkeypatch):
+    """A package with recipes of its own, as a wheel has it."""
+    package = folder / "site" / "switchkit"
+    (package / "recipes" / "routing").mkdir(parents=True)
+    (package / "recipes" / "tiny.yaml").write_text("# A tiny one.\n")
+    (package / "recipes" / "routing" / "soft.yaml").write_text("# Soft.\n")
+    monkeypatch.setattr(module, "_PACKAGE", package)
+    return package
+
+
+def test_names_of_packaged_recipes(packaged):
+    assert list(recipes()) == ["routing/soft", "tiny"]
+
+
+def test_a_checkout_has_them_beside_the_package(packaged):
+    (packaged / "recipes").rename(packaged.parent / "recipes")
+    assert recipes()["tiny"] == packaged.parent / "recipes" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.yaml", "recipes/tiny.yaml"])
+def test_a_recipe_is_found_by_name(packaged, name):
+    assert find_config(name) == packaged / "recipes" / "tiny.yaml"
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(packaged, folder):
+    (folder / "tiny").write_text("")
+    assert find_config("tiny").resolve() == folder / "tiny"
+
+
+def test_an_unknown_name_names_the_nearest(packaged):
+    with pytest.raises(UserError, match=r"Did you mean 'tiny'\? Recipes: routing/soft, tiny"):
+        find_config("tinny")
+
+
+def test_list_shows_a_recipe_s_first_comment(packaged, run):
+    code, out, _ = run("list", "recipes")
+    assert code == 0
+    assert "tiny" in out
+    assert "A tiny one." in out
+
+
+def test_numbers_are_read_as_the_parser_reads_them():
+    found = load_yaml("[1e-3, 1.5e3, -.5, 3, .inf, 2020-01-01, 1.0]")
+    assert found == [1e-3, 1500.0, -0.5, 3, math.inf, "2020-01-01", 1.0]
+
+
+def test_an_empty_file_says_nothing(folder):
+    (folder / "empty.yaml").write_text("# nothing\n")
+    assert read_config(folder / "empty.yaml") == {}
+
+
+def test_the_packaged_recipes_are_read():
+    for path in recipes().values():
+        assert read_config(path)
