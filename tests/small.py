@@ -39,9 +39,8 @@ def data(folder: Path, **more: Any) -> TextData:
 def module(source: TextData, **more: Any) -> LanguageModule:
     torch.manual_seed(0)
     losses = [Balance, partial(RouterZ, weight=0.01)]
-    return LanguageModule(
-        NET, **{"moe": MOE, "losses": losses, "tokenizer": source.tokenizer, "warmup_steps": 3, **more}
-    )
+    given = {"net": NET, "moe": MOE, "losses": losses, "tokenizer": source.tokenizer, "warmup_steps": 3}
+    return LanguageModule(**{**given, **more})
 
 
 def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 40, **more: Any) -> L.Trainer:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from switchkit.experts.base import Experts
 from switchkit.layers import Attention, MoELayer
 from switchkit.models import Decoder
 
@@ -64,8 +63,3 @@ def count(model: nn.Module, context: int) -> Counts:
         attention=attention,
         other=2 * (linear + head),
     )
-
-
-def expert_widths(model: nn.Module) -> set[int]:
-    """Hidden widths of the experts in a model."""
-    return {part.d_ff for part in model.modules() if isinstance(part, Experts)}

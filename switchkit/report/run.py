@@ -18,7 +18,7 @@ from switchkit.report.tables import (
     model_table,
     rows_table,
     source_rows,
-    twin_lines,
+    twin_rows,
 )
 
 __all__ = ["closing", "describe", "opening"]
@@ -44,7 +44,7 @@ def describe(cli: Any) -> None:
     out = console()
     if (box := fallback_box(info)) is not None:
         out.print(box)
-    rows = [*source_rows(info), *twin_lines(cli.model.net, _context(cli))]
+    rows = [*source_rows(info), *twin_rows(cli.model.net, _context(cli))]
     out.print(model_table(cli.model.net, _context(cli), rows))
 
 

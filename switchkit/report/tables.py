@@ -14,11 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import nn
 
-from switchkit.layers import MoELayer
+from switchkit.layers import FeedForward, MoELayer
 from switchkit.registry import name_of
 from switchkit.report.counts import Counts, count
 
-__all__ = ["loads", "model_table", "rows_table", "twin_lines"]
+__all__ = ["loads", "model_table", "rows_table", "twin_rows"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -54,20 +54,23 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     return rows_table("Model", [*rows, *more])
 
 
-def twin_lines(net: nn.Module, context: int) -> list[tuple[str, str]]:
-    """Rows about the dense model of equal FLOPs per token: the width that replaces each mixture, and what it counts."""
+def twin_rows(net: nn.Module, context: int) -> list[tuple[str, str]]:
+    """Rows about the dense model of equal FLOPs per token: each mixture replaced by one layer, k experts wide."""
     sparse = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
     if not sparse:
         return [("dense twin", "this model is dense already")]
-    widths = {layer.router.k * layer.d_ff for layer in sparse}
+    width = sparse[0].router.k * sparse[0].d_ff
     sizes = count(net, context)
-    if len(widths) > 1:
-        return [("dense twin", f"one width per layer: {sorted(widths)}")]
-    width = widths.pop()
-    # A mixture costs k experts; its twin one dense layer k times as wide: the same products, without the router.
     parameters = sizes.active - sum(p.numel() for layer in sparse for p in layer.router.parameters())
+    dense = {layer.up.out_features for layer in net.modules() if isinstance(layer, FeedForward)}
+    how = f"a feed-forward layer of width {width} in place of each mixture"
+    if dense <= {width}:
+        more = "" if dense else f" --model.net.d_ff={width}"
+        how += f": --model.net.sparse=[]{more}"
+    else:
+        how += f"; no recipe can say so, as the dense layers here have width {sorted(dense)[0]}"
     return [
-        ("dense twin", f"feed-forward width {width} in place of each mixture: --model.net.sparse=[]{_width(net, width)}"),
+        ("dense twin", how),
         ("  parameters", f"{parameters:,}"),
         ("  FLOPs per token", f"{_short(sizes.matched)} (the routers' {_short(sizes.routers)} left out)"),
     ]
@@ -127,11 +130,6 @@ def _layers(net: nn.Module, sparse: int) -> str:
     blocks = getattr(net, "blocks", None)
     places = f", the mixtures at {list(net.sparse)}" if sparse and hasattr(net, "sparse") else ""
     return f"{len(blocks) if blocks is not None else '?'}, {sparse} of them sparse{places}"
-
-
-def _width(net: nn.Module, width: int) -> str:
-    dense = {m.up.out_features for m in net.modules() if type(m).__name__ == "FeedForward"}
-    return "" if dense == {width} else f" --model.net.d_ff={width}" if not dense else ""
 
 
 def _group(layer: MoELayer) -> str:

@@ -1,0 +1,252 @@
+"""The LightningModule: loss, steps, checkpoints, generation and bad numbers."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from small import MOE, NET, TOP2, data, module, trainer, weights
+
+from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, MoELayer, RouterZ, TopK
+from switchkit.callbacks import SaveLast
+from switchkit.module import NonFiniteError
+from switchkit.optim import decay_groups, learning_rate
+from switchkit.sampling import sample
+
+
+def test_the_loss_is_cross_entropy_plus_weighted_terms(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = module(source, moe=TOP2)
+    loop = trainer(tmp_path, steps=1)
+    loop.fit(model, source)
+    model.eval()
+    batch = next(iter(source.train_dataloader()))
+    out = model.net(batch["tokens"])
+    nats = [
+        -F.log_softmax(row, -1)[t] for row, t in zip(out.logits.flatten(0, 1), batch["targets"].flatten(), strict=True)
+    ]
+    terms = 0.01 * Balance()(out.routings) + 0.01 * RouterZ()(out.routings)
+    step = model.training_step(batch, 0)
+    torch.testing.assert_close(step["loss"], torch.stack(nats).mean() + terms)
+    assert step["stats"]["load"].shape == (2, 3)
+    assert step["stats"]["load"].sum(-1).tolist() == [64, 64]
+    assert not any(value.requires_grad for value in step["stats"].values())
+
+
+def test_padding_is_in_no_loss(tmp_path: Path) -> None:
+    model = module(data(tmp_path)).eval()
+    tokens, targets = torch.randint(9, (2, 8)), torch.randint(9, (2, 8))
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1, 5:] = False
+    got = model.predict_step({"tokens": tokens, "targets": targets, "valid": valid}, 0)["nats"]
+    short = model.predict_step({"tokens": tokens[1:, :5], "targets": targets[1:, :5]}, 0)["nats"]
+    torch.testing.assert_close(got[1, :5], short[0])
+    assert (got[1, 5:] == 0).all()
+
+
+def test_validation_loss_is_weighted_by_tokens(tmp_path: Path) -> None:
+    """900 characters: 90 held out, windows of 8, so the last is ragged; the mean is over its real tokens alone."""
+    source = data(tmp_path)
+    model = module(source)
+    result = trainer(tmp_path).validate(model, source, verbose=False)[0]
+    with torch.no_grad():
+        nats = torch.cat([model.eval().predict_step(b, 0)["nats"].flatten() for b in source.predict_dataloader()])
+    assert math.isclose(result["val/loss"], float(nats.sum()) / 89, rel_tol=1e-5)
+    assert math.isclose(result["val/bits"], result["val/loss"] / math.log(2), rel_tol=1e-5)
+    assert math.isclose(result["val/perplexity"], math.exp(result["val/loss"]), rel_tol=1e-4)
+
+
+def test_accumulated_steps_equal_one_big_batch(tmp_path: Path) -> None:
+    """Same windows in 1 x 8 and in 4 x 2, no dropout and no balance loss, which is not linear in the batch."""
+    finals = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        source = data(folder, batch_size=size)
+        model = LanguageModule(
+            partial(NET, dropout=0.0), moe=TOP2, losses=[], tokenizer=source.tokenizer,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+        )  # fmt: skip
+        torch.manual_seed(3)
+        for p in model.parameters():
+            p.data.normal_(std=0.1)
+        trainer(folder, steps=3, accumulate_grad_batches=accumulate).fit(model, source)
+        finals.append(weights(model))
+    assert torch.linalg.norm(finals[0] - finals[1]) < 1e-5 * torch.linalg.norm(finals[0])
+
+
+def test_checkpoint_rebuilds_model_and_tokenizer(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = module(source, moe=TOP2)
+    trainer(tmp_path, steps=5).fit(model, source)
+    path = tmp_path / "version_0/checkpoints/last.ckpt"
+    again = LanguageModule.load_from_checkpoint(path)
+    assert torch.equal(weights(again), weights(model))
+    assert isinstance(again.net.blocks[0].mlp.router, TopK)
+    assert again.tokenizer == source.tokenizer
+    assert again.spec == model.spec
+    assert [type(term) for term in again.losses] == [Balance, RouterZ]
+    # A rebuilt model saves the same description, so that it can be rebuilt again.
+    source_again = data(tmp_path, tokenizer=again.tokenizer)
+    trainer(tmp_path, steps=1).fit(again, source_again)
+    LanguageModule.load_from_checkpoint(tmp_path / "version_1/checkpoints/last.ckpt")
+
+
+def test_load_from_checkpoint_with_another_part(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    trainer(tmp_path, steps=1).fit(module(source), source)
+    path = tmp_path / "version_0/checkpoints/last.ckpt"
+    assert LanguageModule.load_from_checkpoint(path, losses=[]).losses == []
+    with pytest.raises(
+        ValueError, match=r"another model: .*net.blocks.0.mlp.experts.w1 \[3, 16, 24\] for \[5, 16, 24\]"
+    ):
+        LanguageModule.load_from_checkpoint(path, net=partial(NET, num_experts=5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "needs tokenizer= or vocab_size="),
+        ({"vocab_size": 3, "tokenizer": CharTokenizer("ab")}, "contradicts the tokenizer, which has 2"),
+        ({"vocab_size": 3, "warmup_steps": -1}, "warmup_steps must be at least 0; got -1"),
+        ({"vocab_size": 3, "schedule": "linear"}, "'cosine' or 'constant'; got 'linear'"),
+        ({"vocab_size": 3, "final_lr": 2.0}, "from 0 to 1; got 2.0"),
+        ({"vocab_size": 3, "moe": lambda **sizes: None}, "LanguageModule.moe.*cannot be written into a checkpoint"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        LanguageModule(NET, **arguments)
+
+
+class Poison(L.Callback):
+    """Makes one token's embedding infinite before a step, in the middle of training."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, model: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                model.net.embed.weight[batch["tokens"][0, 3]] = math.inf
+
+
+def test_non_finite_router_input_stops_training_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    with pytest.raises(
+        NonFiniteError, match=r"router input \(blocks.0.mlp: \d+ tokens.*at step 8; the optimizer did not"
+    ):
+        trainer(tmp_path, Poison(7), steps=20).fit(module(source), source)
+    kept = LanguageModule.load_from_checkpoint(tmp_path / "version_0/checkpoints/last.ckpt")
+    assert bool(torch.isfinite(weights(kept)).all())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=5)
+    model = module(source)
+    loop.fit(model, source)
+    before = (tmp_path / "version_0/checkpoints/last.ckpt").read_bytes()
+    saver = next(c for c in loop.callbacks if isinstance(c, SaveLast))
+    saver._saved_at = -1
+    with torch.no_grad():
+        model.net.norm.weight[0] = math.nan
+    with pytest.raises(
+        NonFiniteError, match="net.norm.weight are not finite after step 5; the last good checkpoint is"
+    ):
+        saver.save(loop)
+    assert (tmp_path / "version_0/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_decay_spares_norms_biases_embeddings_and_routers() -> None:
+    model = LanguageModule(NET, moe=partial(MOE, experts=partial(_biased())), vocab_size=5)
+    decay, spare = decay_groups(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in decay}
+    assert decayed == {
+        f"net.blocks.{i}.{n}" for i in (0, 1) for n in ("attention.qkv.weight", "attention.out.weight", "mlp.experts.w1",
+                                                          "mlp.experts.w2")
+    }  # fmt: skip
+
+
+def _biased() -> Any:
+    from switchkit import Mlp
+
+    return partial(Mlp, bias=True)
+
+
+def test_learning_rate_in_closed_form() -> None:
+    rate = partial(learning_rate, 10, 110, "cosine", 0.1)
+    assert [round(rate(step), 6) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert math.isclose(rate(60), 0.55)
+    assert math.isclose(rate(110), 0.1)
+    assert math.isclose(rate(500), 0.1)
+    assert learning_rate(0, 10, "constant", 0.1, 9) == 1.0
+
+
+def test_generation_sees_the_context_only_and_repeats_with_its_seed(tmp_path: Path) -> None:
+    model = module(data(tmp_path))
+    prompt = torch.randint(26, (20,))
+    draws = [list(model.generate(prompt, 12, generator=torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert model.training
+    greedy = list(model.generate(prompt, 3, temperature=0))
+    ids = prompt
+    for token in greedy:
+        assert token == int(model.eval().net(ids[-8:].view(1, -1)).logits[0, -1].argmax())
+        ids = torch.cat([ids, torch.tensor([token])])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"temperature": -1}, "temperature must be a finite number >= 0.*got -1"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_bad_generation_options(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    model = LanguageModule(NET, vocab_size=5)
+    with pytest.raises(ValueError, match=text):
+        model.generate(torch.tensor([1]), 3, **options)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.generate(torch.tensor([], dtype=torch.long), 3)
+
+
+def test_sampling_follows_the_softmax_and_its_cuts() -> None:
+    """6,000 draws; five standard deviations of a share are 0.032 at most. Without the temperature the shares are off by more."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(temperature: float, top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
+        drawn = torch.stack([sample(temperature, top_k, top_p, generator, logits) for _ in range(6000)])
+        return torch.bincount(drawn, minlength=4) / 6000
+
+    def near(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return bool(((got - want).abs() < 0.032).all())
+
+    assert near(shares(1.0), logits.softmax(-1))
+    assert near(shares(2.0), (logits / 2).softmax(-1))
+    assert not near(shares(2.0), logits.softmax(-1))
+    assert near(shares(1.0, top_k=2), F.pad(logits[:2].softmax(-1), (0, 2)))
+    # The two likeliest hold 0.64 + 0.24 of the probability: top_p = 0.7 needs both and no third.
+    assert near(shares(1.0, top_p=0.7), F.pad(logits[:2].softmax(-1), (0, 2)))
+    assert shares(1.0, top_p=0.01)[0] == 1
+    assert sample(0, None, None, None, logits) == 0
+
+
+def test_a_dense_model_trains_without_routing(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = module(source, net=partial(Decoder, d_model=16, num_layers=2, num_heads=2, d_ff=24, context=8, sparse=[]))
+    loop = trainer(tmp_path, steps=3)
+    loop.fit(model, source)
+    assert model.sparse_layers == []
+    assert "val/imbalance" not in loop.callback_metrics

@@ -1,0 +1,82 @@
+"""Sizes and operations in the tables, held to torch's own counter."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from switchkit import Decoder, Einsum, GatedMlp, MoELayer, Padded, RoundRobin, TopK
+from switchkit.report import count
+from switchkit.report.tables import loads, twin_rows
+
+CONTEXT = 8
+
+
+def decoder(**more: object) -> Decoder:
+    sizes = {"d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 24, "num_experts": 4, "context": CONTEXT}
+    return Decoder(11, **{**sizes, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        partial(MoELayer, router=partial(TopK, k=2), dispatcher=Padded),
+        partial(MoELayer, router=partial(TopK, k=1), dispatcher=Padded, experts=GatedMlp),
+        partial(MoELayer, router=partial(RoundRobin, k=2), dispatcher=Padded),
+    ],
+)
+def test_flops_equal_those_that_torch_counts(moe: partial[MoELayer]) -> None:
+    """With an even load nothing is padded, so the padded products are the very rows that were sent."""
+    model = decoder(sparse=[0, 2], moe=moe).eval()
+    for layer in model.modules():
+        if isinstance(layer, MoELayer) and not isinstance(layer.router, RoundRobin):
+            torch.nn.init.zeros_(layer.router.weight)
+    tokens = torch.randint(11, (2, CONTEXT))
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        rows = [r.load.sum(0) for r in model(tokens).routings]
+    sizes = count(model, CONTEXT)
+    # The counter sees the padded buffers: take what they hold beyond the rows that were sent off again.
+    layer = next(m for m in model.modules() if isinstance(m, MoELayer))
+    per_row = 2 * sum(p[0].numel() for p in layer.experts.parameters())
+    padding = sum(int(r.max() * len(r) - r.sum()) for r in rows) * per_row
+    assert counter.get_total_flops() - padding == sizes.flops * tokens.numel()
+
+
+def test_parameters_and_active_parameters() -> None:
+    model = decoder(sparse=[1], moe=partial(MoELayer, router=partial(TopK, k=2)))
+    sizes = count(model, CONTEXT)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    idle = [p for n, p in model.named_parameters() if "experts" in n]
+    assert sizes.active == sizes.parameters - sum(p[:2].numel() for p in idle)
+
+
+def test_the_twin_has_the_same_operations_without_the_router() -> None:
+    sparse = decoder(sparse=[0, 2], expert_d_ff=12, moe=partial(MoELayer, router=partial(TopK, k=2)))
+    dense = decoder(sparse=[])
+    assert count(sparse, CONTEXT).matched == count(dense, CONTEXT).flops
+    rows = dict(twin_rows(sparse, CONTEXT))
+    assert f"{count(dense, CONTEXT).parameters:,}" in rows["  parameters"]
+    assert "--model.net.sparse=[]" in rows["dense twin"]
+
+
+def test_a_twin_that_needs_other_sizes_says_so() -> None:
+    rows = dict(twin_rows(decoder(sparse=[0], expert_d_ff=48), CONTEXT))
+    assert "--model.net.sparse" not in rows["dense twin"]
+    assert "48" in rows["dense twin"]
+    assert dict(twin_rows(decoder(sparse=[]), CONTEXT))["dense twin"] == "this model is dense already"
+
+
+def test_load_bars() -> None:
+    (name, text), _ = loads(torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]), ["a", "b"])
+    assert name == "load a"
+    assert text.startswith("█▄▄·  largest 50.0%, smallest 0.0%")
+
+
+def test_einsum_counts_no_rows_twice() -> None:
+    """The closed form does not depend on the dispatcher."""
+    assert count(decoder(moe=partial(MoELayer, dispatcher=Einsum)), CONTEXT) == count(decoder(), CONTEXT)
