@@ -45,9 +45,10 @@ def __getattr__(name: str) -> Any:
     if name[:1].isupper():
         from switchkit import registry
 
-        for cls in registry._all().values():
-            if cls.__name__ == name:
-                return cls
+        known = [cls for cls in registry._all().values() if cls.__name__ == name]
+        # A part of the user's own never hides one of ours.
+        for cls in sorted(known, key=lambda cls: not cls.__module__.startswith(f"{__name__}.")):
+            return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,56 @@ FORMAT_VERSION = 1
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written to a temporary file in the same folder and moved into place.
 
-    A run killed while it saves, or a full disk, leaves the file that was there before.
+    A run killed while it saves, or a full disk, leaves the file that was there before. The wait for the disk (fsync)
+    and the move happen in a thread while training goes on; the next save, a load and the end of the run wait for them,
+    and raise what went wrong there.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._settling: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.wait()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        temporary = target.with_name(f".{target.name}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        self._settling = self._thread.submit(_settle, temporary, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        self.wait()
         return read(path)
+
+    def teardown(self) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is in its place.
+
+        Raises:
+            OSError: it could not be put there; the file that was there before stays.
+        """
+        settling, self._settling = self._settling, None
+        if settling is not None:
+            settling.result()
+
+
+def _settle(temporary: Path, target: Path) -> None:
+    try:
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,7 +85,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder")
+        raise ValueError(
+            f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder"
+        )
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
     try:
@@ -135,12 +166,6 @@ def _class_paths(spec: Any) -> Iterator[str]:
     if isinstance(spec, list):
         for item in spec:
             yield from _class_paths(item)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

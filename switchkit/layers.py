@@ -93,6 +93,14 @@ class MoELayer(nn.Module):
         if self.router.needs_ids and ids is None:
             raise ValueError(f"{type(self.router).__name__} routes by token ids: call layer(x, valid, ids)")
         batch, length, _ = x.shape
+        if valid is not None:
+            if valid.shape != (batch, length) or valid.dtype != torch.bool:
+                raise ValueError(
+                    f"valid must be a bool tensor of shape [{batch}, {length}], True for real tokens; "
+                    f"got {valid.dtype} of {list(valid.shape)}"
+                )
+            # What padding holds, NaN included, must not reach an output or a gradient.
+            x = x.masked_fill(~valid.unsqueeze(-1), 0)
         tokens = self._groups(x)
         real = self._groups(torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid)
         names = None if ids is None else self._groups(ids)
@@ -155,22 +163,29 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over H heads by PyTorch's scaled dot product, without bias."""
+    """Causal self-attention over H heads by PyTorch's scaled dot product, without bias.
 
-    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0) -> None:
+    With `rotary`, queries and keys are rotated by their positions (arXiv 2104.09864, equation 34; base 10,000).
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0, rotary: bool = False) -> None:
         super().__init__()
         if d_model % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}: choose a divisor of it")
-        self.num_heads, self.dropout = num_heads, dropout
+        if rotary and d_model // num_heads % 2:
+            raise ValueError(f"rotary positions need heads of even width; got {d_model // num_heads}")
+        self.num_heads, self.dropout, self.rotary = num_heads, dropout, rotary
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         init_linear(self.qkv.weight, d_model)
         init_linear(self.out.weight, d_model)
 
-    def forward(
-        self, x: Float[Tensor, "B S D"], valid: Bool[Tensor, "B S"] | None = None
-    ) -> Float[Tensor, "B S D"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Float[Tensor, "B S D"], valid: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, "B S D"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            # Both at once, and before the heads come first: less memory to walk through.
+            q, k = rotate(qkv[:, :, :2]).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mask = None
         if valid is not None:
@@ -180,6 +195,16 @@ class Attention(nn.Module):
             mask = ((past & valid.unsqueeze(1)) | torch.eye(size, dtype=torch.bool, device=x.device)).unsqueeze(1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(-2))
+
+
+def rotate(x: Float[Tensor, "B S 2 H W"], base: float = 10_000.0) -> Float[Tensor, "B S 2 H W"]:
+    """Each pair (i, i + W/2) of entries turned by ``position * base ** (-2 i / W)``, angles in float32."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[1], device=x.device, dtype=torch.float32).view(-1, 1, 1, 1) * frequency
+    cos, sin = angle.cos(), angle.sin()
+    turned = x.roll(half, -1) * torch.cat([-sin, sin], -1).to(x.dtype)
+    return torch.addcmul(turned, x, torch.cat([cos, cos], -1).to(x.dtype))
 
 
 class Block(nn.Module):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -63,7 +62,7 @@ def sparse_layers(placement: str | Sequence[int], num_layers: int) -> tuple[int,
 
 
 class Decoder(nn.Module):
-    """A causal language model: learned positions, pre-norm blocks, some of them sparse, and a tied output layer.
+    """A causal language model of pre-norm blocks, some of them sparse, with a tied output layer.
 
     Args:
         vocab_size: symbols of the vocabulary.
@@ -75,6 +74,7 @@ class Decoder(nn.Module):
         expert_d_ff: hidden width of one expert; null: d_ff.
         context: longest sequence, in tokens.
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
+        positions: "rotary" (turned queries and keys) or "learned" (an embedding per position).
         dropout: on embeddings, attention and the outputs of sublayers; expert dropout is the experts' own option.
         moe: builds the sparse layers; null: `MoELayer` with its defaults.
         allow_leak: accept a part that lets the model see the future (its training loss then means little).
@@ -95,52 +95,58 @@ class Decoder(nn.Module):
         expert_d_ff: int | None = None,
         context: int = 128,
         sparse: str | list[int] = "every(2)",
+        positions: Literal["rotary", "learned"] = "rotary",
         dropout: float = 0.0,
         moe: MoEFactory | None = None,
         allow_leak: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "num_heads": num_heads}
-        for name, value in {**sizes, "d_ff": d_ff, "context": context, "expert_d_ff": expert_d_ff or 1}.items():
+        wide = d_ff if expert_d_ff is None else expert_d_ff
+        for name, value in {**sizes, "d_ff": d_ff, "context": context, "expert_d_ff": wide}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        if positions not in ("rotary", "learned"):
+            raise ValueError(f"positions must be 'rotary' or 'learned'; got {positions!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         self.vocab_size, self.d_model, self.context, self.num_experts = vocab_size, d_model, context, num_experts
         self.sparse = sparse_layers(sparse, num_layers)
         self.embed = nn.Embedding(vocab_size, d_model)
-        self.position = nn.Embedding(context, d_model)
+        self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.blocks = nn.ModuleList()
         for index in range(num_layers):
             mlp: nn.Module
             if index in self.sparse:
-                mlp = (moe or MoELayer)(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff or d_ff)
+                mlp = (moe or MoELayer)(d_model=d_model, num_experts=num_experts, d_ff=wide)
                 if mlp.leaks and not allow_leak:
                     raise ValueError(
                         f"{mlp.leaks}: a causal model would see the future. Choose another part, or say allow_leak"
                     )
             else:
                 mlp = FeedForward(d_model, d_ff)
-            self.blocks.append(Block(Attention(d_model, num_heads, dropout=dropout), mlp, d_model, dropout=dropout))
+            attention = Attention(d_model, num_heads, dropout=dropout, rotary=positions == "rotary")
+            self.blocks.append(Block(attention, mlp, d_model, dropout=dropout))
         self.norm = nn.LayerNorm(d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
         # The output layer shares these weights, so they start at the scale of one.
-        for table in (self.embed, self.position):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if self.position is not None:
+            nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, tokens: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"] | None = None) -> Output:
-        """Logits of the next token at every place. `valid`: True for real tokens, whose positions alone count.
+        """Logits of the next token at every place. `valid`: True for real tokens, which alone are seen and counted.
 
         Raises:
             ValueError: a sequence longer than the context.
         """
         if tokens.shape[1] > self.context:
             raise ValueError(f"the sequence has {tokens.shape[1]} tokens, but context={self.context}: shorten it")
-        if valid is None:
-            where = self.position.weight[: tokens.shape[1]]
-        else:
-            where = self.position((valid.cumsum(-1) - 1).clamp(min=0))
-        x = self.dropout(self.embed(tokens) + where)
+        x = self.embed(tokens)
+        if self.position is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device) if valid is None else valid.cumsum(-1) - 1
+            x = x + self.position(place.clamp(min=0))
+        x = self.dropout(x)
         routings = []
         for block in self.blocks:
             x, routing = block(x, valid, tokens)

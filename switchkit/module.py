@@ -100,7 +100,9 @@ class LanguageModule(L.LightningModule):
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
         self.net = (net or Decoder)(vocab_size=size, moe=moe)
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
-        self.optimizer = optimizer or partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        self.optimizer: OptimizerFactory = optimizer or partial(
+            torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
+        )
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
         self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
         experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
@@ -143,7 +145,8 @@ class LanguageModule(L.LightningModule):
         nats = nats.view_as(batch["targets"])
         if batch.get("valid") is not None:
             nats = nats.masked_fill(~batch["valid"], 0)
-        return {"nats": nats, "best": logits.argmax(-1), "targets": batch["targets"]}
+        found = {"nats": nats, "best": logits.argmax(-1), "targets": batch["targets"]}
+        return found if batch.get("valid") is None else {**found, "valid": batch["valid"]}
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -198,12 +201,16 @@ class LanguageModule(L.LightningModule):
             where = [f"{name}: {n} tokens" for name, n in zip(self.sparse_layers, counts, strict=True) if n]
             what = f"router input ({'; '.join(where)})" if where else "loss"
             raise NonFiniteError(
-                f"non-finite {what} at step {self.global_step + 1}; the optimizer did not step. "
-                "Lower the learning rate, or look at the data of that step"
+                f"non-finite {what} at step {self.global_step + 1}; the optimizer did not step and "
+                f"{self._last_good()}. Lower the learning rate, or look at the data of that step"
             )
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_training()
         self._micro_batches.clear()
+
+    def _last_good(self) -> str:
+        paths = [getattr(callback, "path", None) for callback in self.trainer.checkpoint_callbacks]
+        return next((f"the last good checkpoint is {path}" for path in paths if path), "nothing was saved yet")
 
     # -- generation ----------------------------------------------------------------------------------------------
 
@@ -238,7 +245,7 @@ class LanguageModule(L.LightningModule):
     def _continue(self, ids: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
         window = ids.to(self.device).view(1, -1)
         for _ in range(count):
-            window = window[:, -self.net.context :]  # type: ignore[index]
+            window = window[:, -int(self.net.context) :]  # type: ignore[arg-type]
             training = self.training
             self.eval()
             token = draw(self.net(window).logits[0, -1].float())
@@ -250,7 +257,7 @@ class LanguageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        source = data.source_info() if hasattr(data, "source_info") else None
+        source = data.source_info() if data is not None and hasattr(data, "source_info") else None
         checkpoint["switchkit"] = {
             "format_version": checkpoints.FORMAT_VERSION,
             "version": switchkit.__version__,
@@ -323,4 +330,3 @@ def _stack(loads: list[Tensor]) -> Tensor:
     """[L, E], filled up with zeros where layers have fewer experts."""
     width = max(len(load) for load in loads)
     return torch.stack([F.pad(load, (0, width - len(load))) for load in loads])
-

@@ -38,7 +38,8 @@ def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
         if isinstance(part, (nn.Embedding, nn.LayerNorm, nn.RMSNorm, Router))
         for parameter in part.parameters()
     }
-    decay, spare = [], []
+    decay: list[nn.Parameter] = []
+    spare: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         bias = name.rpartition(".")[2] in ("bias", "b1", "b2")
         (spare if bias or parameter.dim() < 2 or id(parameter) in spared else decay).append(parameter)

@@ -1,7 +1,7 @@
 """Short names for parts.
 
-One flat table maps a name to a class, whatever its kind. Names serve recipes (``router: top_k``), ``switchkit list`` and
-the contract tests; saved configurations and checkpoints always hold the full import path. Nothing here imports torch.
+One flat table maps a name to a class, whatever its kind. Names serve recipes (``router: top_k``), ``switchkit list``
+and the contract tests; saved configurations and checkpoints hold the full import path. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.records import Routing, load
 
-__all__ = ["dropped", "finite", "imbalance"]
+__all__ = ["bad_tokens", "dropped", "imbalance", "load"]
 
 
-def dropped(routing: Routing) -> Float[Tensor, ""]:
-    """Share of the chosen assignments that did not fit; zero when there is none."""
+def dropped(routing: Routing) -> Int[Tensor, ""]:
+    """Chosen assignments that did not fit."""
     if routing.kept is None:
         raise ValueError("this routing was not placed yet: call capacity.place(routing, limit) first")
-    made = routing.chosen.sum()
-    return (made - routing.kept.sum()) / made.clamp(min=1)
+    return routing.chosen.sum() - routing.kept.sum()
 
 
 def imbalance(routing: Routing) -> Float[Tensor, ""]:
@@ -25,6 +24,6 @@ def imbalance(routing: Routing) -> Float[Tensor, ""]:
     return counts.max() * len(counts) / counts.sum().clamp(min=1)
 
 
-def finite(routing: Routing) -> Bool[Tensor, ""]:
-    """True: the router saw no NaN or infinity in a real token."""
-    return torch.isfinite(routing.logits).all(-1).logical_or(~routing.valid).all()
+def bad_tokens(routing: Routing) -> Int[Tensor, ""]:
+    """Real tokens for which the router saw NaN or infinity."""
+    return (~torch.isfinite(routing.logits).all(-1) & routing.valid).sum()

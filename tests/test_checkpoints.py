@@ -19,7 +19,9 @@ from switchkit.checkpoints import AtomicCheckpointIO
 def save(path: Path, step: int = 3, **more: object) -> Path:
     ours = {"format_version": 1, "version": "0", "model": {"class_path": "switchkit.models.Decoder", "init_args": {}}}
     content = {"state_dict": {"w": torch.ones(1000)}, "global_step": step, "switchkit": {**ours, **more}}
-    AtomicCheckpointIO().save_checkpoint(content, path)
+    files = AtomicCheckpointIO()
+    files.save_checkpoint(content, path)
+    files.wait()
     return path
 
 
@@ -44,8 +46,9 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
         "import sys, torch; from switchkit.checkpoints import AtomicCheckpointIO\n"
         "w = torch.ones(400_000)\n"
         "ours = {'format_version': 1, 'version': '0', 'model': {}}\n"
+        "files = AtomicCheckpointIO()\n"
         "print('ready', flush=True)\n"
-        "while True: AtomicCheckpointIO().save_checkpoint({'state_dict': {'w': w}, 'switchkit': ours}, sys.argv[1])"
+        "while True: files.save_checkpoint({'state_dict': {'w': w}, 'switchkit': ours}, sys.argv[1])"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     assert child.stdout is not None
@@ -59,6 +62,19 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
     child.wait()
     child.stdout.close()
     assert checkpoints.intact(path)
+
+
+def test_an_error_while_settling_is_raised_at_the_next_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.ckpt", step=1)
+
+    def full(*rest: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "a.ckpt", step=2)
+    assert checkpoints.read(path)["global_step"] == 1
+    assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])

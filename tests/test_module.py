@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
 
-from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, MoELayer, RouterZ, TopK
+from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, RouterZ, TopK
 from switchkit.callbacks import SaveLast
 from switchkit.module import NonFiniteError
 from switchkit.optim import decay_groups, learning_rate
@@ -165,20 +165,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 def test_decay_spares_norms_biases_embeddings_and_routers() -> None:
-    model = LanguageModule(NET, moe=partial(MOE, experts=partial(_biased())), vocab_size=5)
+    model = LanguageModule(NET, moe=partial(MOE, experts=partial(Mlp, bias=True)), vocab_size=5)
     decay, spare = decay_groups(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in decay}
-    assert decayed == {
-        f"net.blocks.{i}.{n}" for i in (0, 1) for n in ("attention.qkv.weight", "attention.out.weight", "mlp.experts.w1",
-                                                          "mlp.experts.w2")
-    }  # fmt: skip
-
-
-def _biased() -> Any:
-    from switchkit import Mlp
-
-    return partial(Mlp, bias=True)
+    products = ("attention.qkv.weight", "attention.out.weight", "mlp.experts.w1", "mlp.experts.w2")
+    assert {names[id(p)] for p in decay} == {f"net.blocks.{i}.{name}" for i in (0, 1) for name in products}
+    assert {names[id(p)] for p in decay + spare} == set(names.values())
+    assert len(decay + spare) == len(names)
 
 
 def test_learning_rate_in_closed_form() -> None:
@@ -222,7 +215,7 @@ def test_bad_generation_options(tmp_path: Path, options: dict[str, Any], text: s
 
 
 def test_sampling_follows_the_softmax_and_its_cuts() -> None:
-    """6,000 draws; five standard deviations of a share are 0.032 at most. Without the temperature the shares are off by more."""
+    """6,000 draws; five standard deviations of a share are 0.032 at most, and the temperature moves shares by more."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     generator = torch.Generator().manual_seed(0)
 

@@ -22,10 +22,19 @@ def test_wheel_installed_elsewhere_runs_a_recipe_by_name(tmp_path: Path) -> None
     assert {path.name for path in (installed / "switchkit" / "recipes").glob("*.yaml")} == recipes
     assert (installed / "switchkit" / "py.typed").exists()
     # -P: the folder of the run is no import path, so that what runs is what the wheel holds.
-    code = "import switchkit, sys; assert 'site' in switchkit.__file__, switchkit.__file__; from switchkit.cli import main; sys.exit(main())"
+    code = "import sys, switchkit, switchkit.cli; assert 'site' in switchkit.__file__; sys.exit(switchkit.cli.main())"
     options = ["--config", "tiny_shakespeare", "--trainer.max_steps=2", "--data.batch_size=2", "--data.context=16"]
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code, "fit", *options, "--data.validation_prefix=64", "--trainer.limit_val_batches=1"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            code,
+            "fit",
+            *options,
+            "--data.validation_prefix=64",
+            "--trainer.limit_val_batches=1",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed), "SWITCHKIT_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

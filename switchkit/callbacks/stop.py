@@ -15,7 +15,7 @@ __all__ = ["CleanStop", "Stopped"]
 
 
 class Stopped(SystemExit):
-    """Training was told to stop, and did so between two steps; the exit status is 128 + the signal, as shells have it."""
+    """Training was told to stop, and did so between two steps; the exit code is 128 + the signal, as in shells."""
 
     def __init__(self, number: int, step: int, path: Any) -> None:
         super().__init__(128 + number)

@@ -56,4 +56,4 @@ def place_by_arrival(routing: Routing, limit: int | None) -> Routing:
     place = torch.arange(groups * n, device=key.device) - start[queue]
     slot = torch.empty_like(order).scatter_(0, order, place).view(groups, n)
     kept = routing.chosen if limit is None else routing.chosen & (slot < limit)
-    return replace(routing, slot=slot, kept=kept, load=load.view(groups, -1)[:, :experts], capacity=limit)
+    return replace(routing, slot=slot, kept=kept, load=load.view(groups, experts + 1)[:, :experts], capacity=limit)

@@ -38,8 +38,9 @@ def exit_code(exit: SystemExit) -> int:
     """The code of a SystemExit: 143 after SIGTERM and 130 after Ctrl-C, which Lightning ends with 0 and 1."""
     if type(exit).__name__ == "Stopped":
         told = vars(exit)
-        line = f"stopped by {told['signal']} after step {told['step']}; go on with --ckpt_path {told['path']}"
-        print(f"switchkit: {line}", file=sys.stderr)
+        print(
+            f"switchkit: stopped by {told['signal']} after step {told['step']}; {_go_on(told['path'])}", file=sys.stderr
+        )
     if type(exit).__name__ == "SIGTERMException":
         return 143
     if isinstance(exit.__context__, KeyboardInterrupt):
@@ -48,6 +49,15 @@ def exit_code(exit: SystemExit) -> int:
         return exit.code or 0
     print(exit.code, file=sys.stderr)
     return 1
+
+
+def _go_on(path: Path | None) -> str:
+    """How a stopped run is continued."""
+    if path is None:
+        return "there was nothing to save yet"
+    config = path.parent.parent / "config.yaml"
+    given = f" --config {config}" if config.is_file() else ""
+    return f"go on with: switchkit fit{given} --ckpt_path {path}"
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -89,6 +89,7 @@ def root_parameters(command: str) -> dict[str, Parameter]:
         "model": Parameter(LightningModule, True),
         "data": Parameter(LightningDataModule | None, False),
         "plugins": Parameter(list[str] | str | None, False),
+        "keep_memory": Parameter(bool, False),
         **{name: parameter for name, parameter in method.items() if name not in _OWN},
     }
 

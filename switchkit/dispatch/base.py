@@ -68,10 +68,10 @@ def sum_choices(values: Float[Tensor, "GN D"], routing: Routing) -> Float[Tensor
     """Sum over each token's assignments, whether the list is regular (a view) or not (an indexed addition)."""
     groups, size = routing.valid.shape
     if routing.k is not None:
-        total = values if routing.k == 1 else values.view(groups * size, routing.k, -1).sum(1)
+        total = values if routing.k == 1 else values.view(groups * size, routing.k, values.shape[-1]).sum(1)
     else:
         total = values.new_zeros(groups * size, values.shape[-1]).index_add(0, flat_tokens(routing).flatten(), values)
-    return total.view(groups, size, -1)
+    return total.view(groups, size, values.shape[-1])
 
 
 def largest(load: Int[Tensor, "..."], bound: int) -> int:

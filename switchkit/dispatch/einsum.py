@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.dispatch.base import Dispatcher, kept_load, largest, placed
@@ -32,17 +31,20 @@ class Einsum(Dispatcher):
 
     def combine(self, out: Float[Tensor, "E R D"], rows: Rows, routing: Routing) -> Float[Tensor, "G S D"]:
         place = _one_hot(routing, routing.weight, out.dtype)
-        slots = out.unflatten(1, (place.shape[0], place.shape[3]))
+        slots = out.view(out.shape[0], place.shape[0], place.shape[3], out.shape[2])
         return torch.einsum("gsec,egcd->gsd", place, slots)
 
 
 def _one_hot(routing: Routing, value: Float[Tensor, "G N"], dtype: torch.dtype) -> Float[Tensor, "G S E C"]:
     slot, kept, _ = placed(routing)
-    groups, size, experts = routing.logits.shape
+    _, size, experts = routing.logits.shape
     n = routing.expert.shape[1]
     slots = max(1, largest(kept_load(routing), n if routing.capacity is None else routing.capacity))
-    tokens = F.one_hot(routing.token, size).to(dtype)
-    expert = F.one_hot(routing.expert, experts).to(dtype)
-    # An assignment that was not kept sits in a slot too many, which is cut off.
-    where = F.one_hot(torch.where(kept, slot, slots), slots + 1).to(dtype)[..., :slots]
-    return torch.einsum("gn,gns,gne,gnc->gsec", value.to(dtype), tokens, expert, where)
+    token, expert = _hot(routing.token, size, dtype), _hot(routing.expert, experts, dtype)
+    # An assignment that was not kept sits in a slot that does not exist.
+    where = _hot(torch.where(kept, slot, slots), slots, dtype)
+    return torch.einsum("gn,gns,gne,gnc->gsec", value.masked_fill(~kept, 0).to(dtype), token, expert, where)
+
+
+def _hot(index: Int[Tensor, "G N"], size: int, dtype: torch.dtype) -> Float[Tensor, "G N size"]:
+    return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).to(dtype)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.dispatch.base import Dispatcher, flat_tokens, kept_load, largest, placed, starts, sum_choices
+from switchkit.dispatch.base import Dispatcher, flat_tokens, kept_load, largest, placed, sum_choices
 from switchkit.records import Routing, Rows
 from switchkit.registry import register
 
@@ -30,22 +30,22 @@ class Padded(Dispatcher):
         groups, experts = load.shape
         n = routing.expert.shape[1]
         bound = groups * (n if routing.capacity is None else min(n, routing.capacity))
-        size = largest(load.sum(0), bound)
+        # One row at least, so that experts get a zero gradient rather than none when nothing was kept.
+        size = max(1, largest(load.sum(0), bound))
         start = load.cumsum(0) - load
         row = routing.expert * size + start.gather(1, routing.expert) + slot
         # What was not kept goes to one row past the end.
         row = torch.where(kept, row, experts * size)
         flat = tokens.flatten(0, 1).index_select(0, flat_tokens(routing).flatten())
         buffer = flat.new_zeros(experts * size + 1, flat.shape[-1]).index_copy(0, row.flatten(), flat)
-        return Rows(x=buffer[:-1].view(experts, size, -1), load=load.sum(0), row=row)
+        return Rows(x=buffer[:-1].view(experts, size, flat.shape[-1]), load=load.sum(0), row=row)
 
     def combine(self, out: Float[Tensor, "E R D"], rows: Rows, routing: Routing) -> Float[Tensor, "G S D"]:
         assert rows.row is not None
         _, kept, _ = placed(routing)
         flat = out.flatten(0, 1)
-        if flat.shape[0] == 0:
-            return out.new_zeros(*routing.valid.shape, out.shape[-1])
-        kept = kept.flatten().unsqueeze(-1)
-        # Masked rather than multiplied by zero, so that what an unused row holds can never reach a token.
-        back = flat.index_select(0, rows.row.flatten().clamp(max=flat.shape[0] - 1)).masked_fill(~kept, 0)
-        return sum_choices(back * routing.weight.flatten().unsqueeze(-1).to(out.dtype), routing)
+        unused = ~kept.flatten().unsqueeze(-1)
+        # Masked rather than multiplied by zero, so that what an unused row or weight holds can never reach a token.
+        back = flat.index_select(0, rows.row.flatten().clamp(max=flat.shape[0] - 1)).masked_fill(unused, 0)
+        weight = routing.weight.reshape(-1, 1).masked_fill(unused, 0)
+        return sum_choices(back * weight.to(out.dtype), routing)

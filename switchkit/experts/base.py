@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from switchkit.records import Rows
 __all__ = ["ACTIVATIONS", "Activation", "Experts", "ExpertsFactory", "check", "init_linear"]
 
 Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class Experts(nn.Module):

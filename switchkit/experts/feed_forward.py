@@ -15,8 +15,30 @@ from switchkit.registry import register
 __all__ = ["GatedMlp", "Mlp"]
 
 
+class _FeedForward(Experts):
+    """What the two kinds share: a product into the hidden width, one out of it, and their options."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, num_experts: int, hidden: int, activation: Activation, bias: bool, dropout: float
+    ) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.activation, self.dropout = check(activation, dropout)
+        self.w1 = nn.Parameter(torch.empty(num_experts, d_model, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, hidden)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(num_experts, d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_linear(self.w1, self.d_model)
+        init_linear(self.w2, self.d_ff)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+
 @register("mlp")
-class Mlp(Experts):
+class Mlp(_FeedForward):
     """``act(x W1) W2``, ReLU and no bias by default (T5, and the paper's experts).
 
     `dropout` is the expert dropout: on the hidden activations of the experts alone, apart from the model's dropout.
@@ -38,20 +60,7 @@ class Mlp(Experts):
         bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(d_model, d_ff, num_experts)
-        self.activation, self.dropout = check(activation, dropout)
-        self.w1 = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
-        self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
-        self.b1 = nn.Parameter(torch.zeros(num_experts, d_ff)) if bias else None
-        self.b2 = nn.Parameter(torch.zeros(num_experts, d_model)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_linear(self.w1, self.d_model)
-        init_linear(self.w2, self.d_ff)
-        for bias in (self.b1, self.b2):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        super().__init__(d_model, d_ff, num_experts, d_ff, activation, bias, dropout)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         hidden = ACTIVATIONS[self.activation](grouped_linear(rows.x, rows, self.w1, self.b1))
@@ -60,7 +69,7 @@ class Mlp(Experts):
 
 
 @register("gated_mlp")
-class GatedMlp(Experts):
+class GatedMlp(_FeedForward):
     """``(act(x Wg) * (x W1)) W2``, SiLU by default (SwiGLU).
 
     `dropout` is the expert dropout, on the product. Weights are drawn as those of `mlp`.
@@ -81,16 +90,8 @@ class GatedMlp(Experts):
         bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(d_model, d_ff, num_experts)
-        self.activation, self.dropout = check(activation, dropout)
         # Gate and value side by side: one product for both.
-        self.w1 = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_ff))
-        self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
-        self.b1 = nn.Parameter(torch.zeros(num_experts, 2 * d_ff)) if bias else None
-        self.b2 = nn.Parameter(torch.zeros(num_experts, d_model)) if bias else None
-        self.reset_parameters()
-
-    reset_parameters = Mlp.reset_parameters
+        super().__init__(d_model, d_ff, num_experts, 2 * d_ff, activation, bias, dropout)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         gate, value = grouped_linear(rows.x, rows, self.w1, self.b1).chunk(2, dim=-1)

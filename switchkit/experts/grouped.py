@@ -32,9 +32,9 @@ def grouped_linear(
         y = torch.bmm(x, weight)
         return y if bias is None else y + bias.unsqueeze(1).to(y.dtype)
     if rows.sizes is not None:
-        y = _Loop.apply(x, weight, rows.sizes)
+        y = _Loop.apply(x, weight, rows.sizes)  # type: ignore[no-untyped-call]
     elif x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        y = _OnDevice.apply(x, weight, rows.load)
+        y = _OnDevice.apply(x, weight, rows.load)  # type: ignore[no-untyped-call]
     else:
         y = loop(x, weight, rows.load)
     if bias is None:
@@ -47,9 +47,12 @@ def grouped_linear(
 
 def _products(x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Row blocks times their expert's matrix, into one buffer whose spare rows are zero."""
-    out = x.new_empty(x.shape[0], weight.shape[2])
     used = sum(sizes)
-    if _few(x, weight, used):
+    few = _few(x, weight, used)
+    if few and used == x.shape[0]:
+        return F.grouped_mm(x, weight, offs=_ends(sizes))
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    if few:
         out[:used] = F.grouped_mm(x[:used], weight, offs=_ends(sizes))
     else:
         start = 0

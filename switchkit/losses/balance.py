@@ -21,9 +21,9 @@ def balance(routing: Routing) -> Float[Tensor, ""]:
     1 at uniform probabilities for every k, E/k at the worst; zero when every token is padding. (1 is not its minimum:
     a load that opposes the probabilities gives less.)
     """
-    counts = load(routing)
-    share = counts / counts.sum().clamp(min=1)
-    return len(counts) * (share * mean_probs(routing)).sum()
+    counts, probs = load(routing), mean_probs(routing)
+    share = counts.to(probs.dtype) / counts.sum().clamp(min=1)
+    return len(counts) * (share * probs).sum()
 
 
 @register("balance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from switchkit.callbacks import SaveBest, SaveLast
-from switchkit.checkpoints import read
+from switchkit.checkpoints import read, read_settings
 from switchkit.report.tables import (
     console,
     device_name,
@@ -21,7 +22,12 @@ from switchkit.report.tables import (
     twin_rows,
 )
 
-__all__ = ["closing", "describe", "opening"]
+__all__ = ["checkpoint_line", "closing", "describe", "opening", "predicted"]
+
+
+def checkpoint_line(path: str) -> None:
+    """Say which checkpoint is used, and how far it had come."""
+    console().print(f"checkpoint {path}, step {read_settings(path)['step']}", highlight=False, soft_wrap=True)
 
 
 def opening(cli: Any) -> None:
@@ -33,7 +39,7 @@ def opening(cli: Any) -> None:
         out.print(box)
     steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
-    out.print(model_table(module.net, _context(cli), rows))
+    out.print(model_table(_net(module), _context(cli), rows))
     cli.started, cli.first_step = time.perf_counter(), trainer.global_step
 
 
@@ -44,8 +50,8 @@ def describe(cli: Any) -> None:
     out = console()
     if (box := fallback_box(info)) is not None:
         out.print(box)
-    rows = [*source_rows(info), *twin_rows(cli.model.net, _context(cli))]
-    out.print(model_table(cli.model.net, _context(cli), rows))
+    rows = [*source_rows(info), *twin_rows(_net(cli.model), _context(cli))]
+    out.print(model_table(_net(cli.model), _context(cli), rows))
 
 
 def closing(cli: Any) -> None:
@@ -90,6 +96,29 @@ def closing(cli: Any) -> None:
         out.print(_sample(module), highlight=False, markup=False)
 
 
+def predicted(cli: Any) -> None:
+    """Write what `predict` found about each token: its surprise in nats, and the token thought likeliest."""
+    found, tokenizer = cli.trainer.predict_loop.predictions, getattr(cli.model, "tokenizer", None)
+    if not found or not isinstance(found[0], dict) or not {"nats", "best", "targets"} <= found[0].keys():
+        return  # A module of the user's own: its predictions are its own business.
+
+    def text(token: int) -> str:
+        return str(token) if tokenizer is None else tokenizer.decode([token])
+
+    path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["place", "token", "nats", "likeliest"])
+        place = 1  # The first token of the text has nothing before it.
+        for batch in found:
+            real = batch.get("valid", torch.ones_like(batch["best"], dtype=torch.bool))
+            for nats, best, target in zip(*(batch[n][real].tolist() for n in ("nats", "best", "targets")), strict=True):
+                writer.writerow([place, text(target), f"{nats:.4f}", text(best)])
+                place += 1
+    console().print(f"{place - 1:,} predictions written to {path}", highlight=False, soft_wrap=True)
+
+
 def _sample(module: Any, length: int = 240) -> str:
     prompt = "\n" if "\n" in getattr(module.tokenizer, "characters", "") else module.tokenizer.decode([0])
     draw = torch.Generator().manual_seed(0)
@@ -98,11 +127,16 @@ def _sample(module: Any, length: int = 240) -> str:
     return str(text).strip("\n")
 
 
+def _net(module: Any) -> Any:
+    """The model of a LanguageModule, or any other module as it is."""
+    return getattr(module, "net", module)
+
+
 def _context(cli: Any) -> int:
-    return int(getattr(cli.datamodule, "context", 0) or getattr(cli.model.net, "context", 1))
+    return int(getattr(cli.datamodule, "context", 0) or getattr(_net(cli.model), "context", 1))
 
 
-def _saved(trainer: Any, kind: type) -> Path | None:
+def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
     """The file that the first callback of a kind saved, if it is still there."""
     path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
     return path if path is not None and path.is_file() else None

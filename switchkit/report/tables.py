@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from switchkit.layers import FeedForward, MoELayer
+from switchkit.models import Decoder
 from switchkit.registry import name_of
 from switchkit.report.counts import Counts, count
 
@@ -46,7 +47,10 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
         layer = sparse[0][1]
         router, capacity = layer.router, layer.capacity
         rows += [
-            ("experts", f"{layer.num_experts} of width {layer.d_ff} ({name_of(type(layer.experts))}), {router.k} per token"),
+            (
+                "experts",
+                f"{layer.num_experts} of width {layer.d_ff} ({name_of(type(layer.experts))}), {router.k} per token",
+            ),
             ("router", name_of(type(router))),
             ("capacity", f"{name_of(type(capacity))}{_options(capacity)}, counted over {_group(layer)}"),
             ("dispatcher", name_of(type(layer.dispatcher))),
@@ -114,7 +118,12 @@ def console() -> Console:
 
 
 def _flops(sizes: Counts) -> str:
-    parts = (("experts", sizes.experts), ("routers", sizes.routers), ("attention", sizes.attention), ("rest", sizes.other))
+    parts = (
+        ("experts", sizes.experts),
+        ("routers", sizes.routers),
+        ("attention", sizes.attention),
+        ("rest", sizes.other),
+    )
     return f"{_short(sizes.flops)} forward ({', '.join(f'{name} {_short(value)}' for name, value in parts)})"
 
 
@@ -127,9 +136,10 @@ def _short(value: float) -> str:
 
 
 def _layers(net: nn.Module, sparse: int) -> str:
-    blocks = getattr(net, "blocks", None)
-    places = f", the mixtures at {list(net.sparse)}" if sparse and hasattr(net, "sparse") else ""
-    return f"{len(blocks) if blocks is not None else '?'}, {sparse} of them sparse{places}"
+    if isinstance(net, Decoder):
+        places = f": {list(net.sparse)}" if sparse else ""
+        return f"{len(net.blocks)}, of which {sparse} sparse{places}"
+    return f"{sparse} sparse"
 
 
 def _group(layer: MoELayer) -> str:

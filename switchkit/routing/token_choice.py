@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switchkit.records import Routing
 from switchkit.registry import register
-from switchkit.routing.base import LinearRouter, check_k, token_choice
+from switchkit.routing.base import LinearRouter, check_k, softmax, token_choice
 
 __all__ = ["Switch", "TopK"]
 
@@ -55,7 +55,7 @@ class Switch(LinearRouter):
         ids: Int[Tensor, "G S"] | None = None,
     ) -> Routing:
         logits = self.logits(F.dropout(tokens, self.input_dropout, self.training))
-        probs = logits.softmax(-1)
+        probs = softmax(logits)
         if self.training and self.sample:
             # Gumbel's trick: the largest of (logit / temperature + Gumbel noise) is a draw from the softmax.
             scores = logits / self.temperature - torch.empty_like(logits).exponential_().log()
@@ -95,7 +95,7 @@ class TopK(LinearRouter):
         ids: Int[Tensor, "G S"] | None = None,
     ) -> Routing:
         logits = self.logits(tokens)
-        probs = logits.softmax(-1)
+        probs = softmax(logits)
         weight, expert = probs.topk(self.k, dim=-1)
         if self.normalize:
             weight = weight / weight.sum(-1, keepdim=True)

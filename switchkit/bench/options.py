@@ -1,0 +1,71 @@
+"""The command line of ``switchkit bench``. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from switchkit.bench.shapes import Shape, read_shape
+from switchkit.cli.errors import UserError
+from switchkit.cli.options import OptionParser, number
+
+__all__ = ["parse"]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of `argv`.
+
+    Raises:
+        UserError: an unknown option, a missing or unfit value.
+    """
+    options = _parser().parse(argv)
+    if options.recipe is not None and not options.with_recipe:
+        raise UserError("switchkit bench: --recipe and --no-recipe contradict each other; give one of them")
+    if not (options.with_layer or options.with_recipe or options.memory):
+        raise UserError(
+            "switchkit bench: --no-layer and --no-recipe leave nothing to measure; drop one, or add --memory"
+        )
+    return options
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser("bench", "Measure speed and memory, as ratios to dense models of equal FLOPs.")
+    add = parser.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        metavar="T,d,f,E,k[,gated]",
+        help="layers to measure: T tokens of width d, E experts of width f, k per token "
+        "(default on a CPU: 4096,256,1024,8,2 2048,128,256,4,1 4096,256,512,64,1; "
+        "on a GPU: 16384,1024,4096,8,1,gated 65536,2048,1408,64,8,gated)",
+    )
+    add("--dispatchers", nargs="+", metavar="NAME", help="see `switchkit list dispatchers` (default: all of them)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
+    add("--dtype", choices=("fp32", "bf16"), help="of layers and inputs (default: fp32 on a CPU, bf16 on a GPU)")
+    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+    add("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 25, and for 3 seconds at least)")
+    add("--threads", type=positive, metavar="N", help="of torch on the CPU (default: as torch finds it)")
+    add("--memory", action="store_true", help="also show how memory grows with the tokens of one sequence")
+    add("--peers", action="store_true", help="also measure Hugging Face's Mixtral with grouped_mm (needs transformers)")
+    add("--compile", action="store_true", help="also measure `sorted` under torch.compile")
+    add("--no-layer", dest="with_layer", action="store_false", help="leave out the single layers")
+    add("--recipe", metavar="NAME", help="whose training step is measured (default: tiny_shakespeare)")
+    add("--no-recipe", dest="with_recipe", action="store_false", help="leave out the training step")
+    add(
+        "--steps",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="training steps with Lightning and without, to tell its share (default: %(default)s)",
+    )
+    add("--json", metavar="PATH", help="write every figure to a file, or to the output in place of the tables: -")
+    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    return parser
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return read_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,113 @@
+"""Measuring what the command line asked for, and telling it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+
+from switchkit.bench import machine, tables
+from switchkit.bench.contestants import Setup
+from switchkit.bench.growth import growth
+from switchkit.bench.layer import measure
+from switchkit.bench.malloc import keep_memory
+from switchkit.bench.peers import check_peers
+from switchkit.bench.shapes import CPU_SHAPES, CUDA_SHAPES
+from switchkit.cli.errors import UserError
+from switchkit.dispatch.base import Dispatcher
+from switchkit.registry import lookup, named
+from switchkit.report.tables import console
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Print the tables, or the figures; the exit code."""
+    device = _device(options.device)
+    for name in options.dispatchers or ():
+        lookup(name, Dispatcher)
+    if options.peers:
+        check_peers()
+    _check_writable(options.json)
+    shapes = options.shapes or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    setup = Setup(
+        device=device,
+        dtype=options.dtype or ("bf16" if device.type == "cuda" else "fp32"),
+        dispatchers=tuple(dict.fromkeys(options.dispatchers or named(Dispatcher))),
+        rounds=options.rounds,
+        peers=options.peers,
+        compile=options.compile,
+    )
+    to_output = options.json == "-"
+    out = Console(quiet=True) if to_output else console()
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with _threads(options.threads), on_device:
+        kept = device.type == "cpu" and keep_memory()
+        found: dict[str, Any] = {"command": command, "machine": machine.describe(device, kept)}
+        _show(out, tables.machine(found["machine"]))
+        found["layers"], found["memory"], found["recipe"] = [], [], None
+        if options.with_layer:
+            for shape in shapes:
+                found["layers"].append(measure(shape, setup))
+                _show(out, tables.layer(found["layers"][-1]))
+        if options.memory:
+            for shape in shapes:
+                found["memory"].append(growth(shape, setup))
+                _show(out, tables.growth(found["memory"][-1]))
+        if options.with_recipe:
+            # Lightning and its command line take seconds to import.
+            from switchkit.bench import step
+
+            found["recipe"] = step.measure(options.recipe or "tiny_shakespeare", device, options.rounds, options.steps)
+            _show(out, tables.recipe(found["recipe"]))
+        found["machine"]["load_average_after"] = machine.load_average()
+    if options.json is not None:
+        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+        if to_output:
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text, encoding="utf-8")
+    return 0
+
+
+def _show(out: Console, what: RenderableType) -> None:
+    out.print(what)
+    out.print()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def _check_writable(path: str | None) -> None:
+    """Rather now than after minutes of measuring."""
+    if path is None or path == "-":
+        return
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--json {path}: expected a file in a folder that exists, or - for the output")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,149 @@
+"""The training step of a recipe: against its dense twin, and inside Lightning."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from switchkit.bench.overhead import Recipe, compare, quiet
+from switchkit.bench.timing import clock_of, interleave
+from switchkit.cli.errors import UserError
+from switchkit.cli.lightning import build
+from switchkit.cli.recipes import find_config
+from switchkit.layers import MoELayer
+from switchkit.module import LanguageModule, cross_entropy
+from switchkit.report.counts import count
+
+__all__ = ["Bare", "measure", "read", "twin_of"]
+
+POOL = 16
+"""Batches that the steps go through in turn; drawing them is not measured."""
+
+
+class Bare:
+    """One training step as a loop of one's own would have it: forward, losses, backward, clip, optimizer, schedule."""
+
+    def __init__(self, module: LanguageModule, trainer: Trainer) -> None:
+        self.module, self.clip = module, trainer.gradient_clip_val
+        self.context = trainer.precision_plugin.forward_context
+        module.trainer = trainer
+        configured = module.configure_optimizers()
+        module.trainer = None
+        self.optimizer = configured["optimizer"]
+        self.scheduler = configured["lr_scheduler"]["scheduler"]
+
+    def __call__(self, batch: dict[str, Tensor]) -> None:
+        with self.context():
+            out = self.module.net(batch["tokens"], batch.get("valid"))
+            total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
+            terms = (term.weight * term(out.routings) for term in self.module.losses)
+            loss = total / tokens.clamp(min=1) + sum(terms, 0.0)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), float(self.clip))
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> dict[str, Any]:
+    """Every figure about a recipe, as plain data.
+
+    Raises:
+        UserError: a recipe that does not exist, has no sparse layer, or trains in a way that is not measured here.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        sparse = read(["--config", _found(name)], device, folder)
+        twin = read(twin_of(name, sparse.module), device, folder)
+        context = sparse.data.context
+        counts, dense_counts = count(sparse.module.net, context), count(twin.module.net, context)
+        pool = _pool(sparse, device)
+        tokens = pool[0]["tokens"].numel()
+        runs = {}
+        for label, recipe in (("sparse", sparse), ("dense", twin)):
+            bare, batches = Bare(copy.deepcopy(recipe.module), recipe.trainer), itertools.cycle(pool)
+            runs[label] = lambda bare=bare, batches=batches: bare(next(batches))
+        timings = interleave(runs, clock_of(device), rounds)
+        overheads = [
+            compare(sparse, Bare(copy.deepcopy(sparse.module), sparse.trainer), pool, steps, folder, saves=saves)
+            for saves in (False, True)
+        ]
+    return {
+        "recipe": name,
+        "data": sparse.data.source.description if hasattr(sparse.data, "source") else None,
+        "tokens_per_step": tokens,
+        "flops_per_token": {"sparse": counts.matched, "routers": counts.routers, "dense": dense_counts.flops},
+        "flops_match": counts.matched == dense_counts.flops,
+        "rounds": len(timings["sparse"].seconds),
+        "ratio": timings["sparse"].median / timings["dense"].median,
+        "rows": [
+            {
+                "name": label,
+                "ms": 1000 * timing.median,
+                "min_ms": 1000 * timing.least,
+                "max_ms": 1000 * max(timing.seconds),
+                "tokens_per_second": tokens / timing.median,
+            }
+            for label, timing in timings.items()
+        ],
+        "overhead": overheads,
+    }
+
+
+def read(arguments: list[str], device: torch.device, folder: str) -> Recipe:
+    """The recipe as ``switchkit fit`` would build it, on one device, its module moved there."""
+    place = [
+        f"--trainer.accelerator={'gpu' if device.type == 'cuda' else device.type}",
+        f"--trainer.devices={[device.index or 0] if device.type == 'cuda' else 1}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    built = build([*arguments, *place])
+    module, trainer = built.model, built.trainer
+    if not isinstance(module, LanguageModule):
+        raise UserError(f"--recipe: expected the recipe of a LanguageModule; this one trains a {type(module).__name__}")
+    if trainer.accumulate_grad_batches != 1 or trainer.precision not in ("32-true", "bf16-mixed"):
+        raise UserError(
+            "--recipe: only steps of one batch in precision 32-true or bf16-mixed are measured; the recipe has "
+            f"accumulate_grad_batches {trainer.accumulate_grad_batches} and precision {trainer.precision}"
+        )
+    module.train()
+    return Recipe(module.to(device), built.datamodule, trainer, device)
+
+
+def twin_of(name: str, module: LanguageModule) -> list[str]:
+    """The arguments of the dense twin: the recipe of that name with ``_dense``, else the same one without mixtures."""
+    layers = [layer for layer in module.net.modules() if isinstance(layer, MoELayer)]
+    if not layers:
+        raise UserError(f"--recipe {name}: this model is dense; give a recipe with sparse layers")
+    path = Path(_found(name))
+    beside = path.with_name(f"{path.stem}_dense{path.suffix}")
+    if beside.is_file():
+        return ["--config", str(beside)]
+    width = layers[0].router.k * layers[0].d_ff
+    changes = ["--model.net.sparse=[]", f"--model.net.d_ff={width}", "--model.losses=[]"]
+    return ["--config", str(path), *changes]
+
+
+def _found(name: str) -> str:
+    try:
+        return str(find_config(name))
+    except UserError as error:
+        raise UserError(str(error).replace("--config", "--recipe", 1)) from None
+
+
+def _pool(recipe: Recipe, device: torch.device) -> list[dict[str, Tensor]]:
+    recipe.data.prepare_data()
+    recipe.data.setup("fit")
+    batches = itertools.islice(recipe.data.train_dataloader(), POOL)
+    return [{name: part.to(device) for name, part in batch.items()} for batch in batches]

@@ -1,0 +1,125 @@
+"""The figures as tables for people."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from switchkit.report.tables import rows_table
+
+__all__ = ["growth", "layer", "machine", "recipe"]
+
+Figures = Mapping[str, Any]
+
+
+def machine(found: Figures) -> RenderableType:
+    """Processor, threads, versions."""
+    memory = "kept by the process (mallopt)" if found["memory_kept"] else "the allocator's defaults"
+    rows = [
+        ("device", found["device"]),
+        ("cpu", f"{found['cpu']}, cores {found['cores']}, threads {found['threads']}"),
+        ("torch", found["torch"]),
+        ("freed memory", memory),
+    ]
+    load = found["load_average"]
+    if load is not None and load > 0.5:
+        rows.append(
+            ("load", f"{load:.1f} on average in the minute before: with other work on the machine, trust no timing")
+        )
+    return rows_table("switchkit bench", rows)
+
+
+def layer(found: Figures) -> RenderableType:
+    """One shape: every contestant against the dense layer."""
+    rows = found["rows"]
+    on_device = any(row.get("waits_for_device") is not None for row in rows)
+    title = f"layer T,d,f,E,k {found['shape']}, {found['dtype']}, forward + backward, {found['rounds']} rounds"
+    columns = ["x dense", "middle half", "goal", "ms", "least ms", "GFLOP/s", "of matmul", "MiB"]
+    table = _table(title, "", *columns, *(["host ms", "waits"] if on_device else []))
+    notes = []
+    for row in rows:
+        if "ratio" not in row:
+            table.add_row(row["name"], *["-"] * (len(table.columns) - 1))
+            notes.append(f"{row['name']}: {row['note']}")
+            continue
+        goal = row.get("goal")
+        cells = [
+            f"[bold]{row['ratio']:.2f}[/]",
+            f"{row['quartiles'][0]:.2f} - {row['quartiles'][1]:.2f}",
+            f"{goal:.2f}" if goal else "",
+            f"{row['ms']:.3g}",
+            f"{row['min_ms']:.3g}",
+            f"{row['flops_per_second'] / 1e9:,.0f}",
+            f"{row['share_of_matmul']:.0%}",
+            _mebibytes(row["memory_bytes"]),
+        ]
+        if on_device:
+            waits = row.get("waits_for_device")
+            cells += [f"{row['host_ms']:.3g}", "" if waits is None else "yes" if waits else "no"]
+        table.add_row(row["name"], *cells)
+        if row["base"] not in ("dense", row["name"]):
+            notes.append(f"{row['name']}: against {row['base']}")
+    matmul, imbalance = found["matmul"], found["imbalance"]
+    uneven = "" if imbalance is None else f"; largest over mean load {imbalance:.2f}"
+    memory = "peak of forward and backward" if on_device else "kept for the backward pass"
+    table.caption = (
+        f"x dense: medians, against a dense layer of equal FLOPs. matmul: {matmul['size']} square, "
+        f"{matmul['flops_per_second'] / 1e9:,.0f} GFLOP/s right after. MiB: {memory}{uneven}."
+    )
+    return _noted(table, notes)
+
+
+def growth(found: Figures) -> RenderableType:
+    """Memory at growing lengths; a step of 2.0 is linear."""
+    title = f"memory, T,d,f,E,k {found['shape']}, {found['dtype']}, one sequence: MiB {found['what']}"
+    table = _table(title, "", *(f"T={tokens}" for tokens in found["tokens"]), "growth")
+    for row in found["rows"]:
+        sizes = row["bytes"]
+        steps = ["-" if not a or b is None else f"x{b / a:.2f}" for a, b in itertools.pairwise(sizes)]
+        cells = ["-" if size is None else _mebibytes(size) for size in sizes]
+        table.add_row(row["name"], *cells, " ".join(steps))
+    return _noted(table, [f"{row['name']}: {row['note']}" for row in found["rows"] if row["note"]])
+
+
+def recipe(found: Figures) -> RenderableType:
+    """Tokens per second against the dense twin, and what Lightning adds."""
+    title = f"training step of {found['recipe']}, {found['tokens_per_step']:,} tokens, {found['rounds']} rounds"
+    table = _table(title, "", "tokens/s", "ms", "least ms")
+    for row in found["rows"]:
+        table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['ms']:.1f}", f"{row['min_ms']:.1f}")
+    flops = found["flops_per_token"]
+    equal = (
+        f"equal FLOPs, the routers' {flops['routers'] / flops['dense']:.1%} left out"
+        if found["flops_match"]
+        else f"FLOPs per token differ: {flops['sparse']:,} sparse, {flops['dense']:,} dense"
+    )
+    table.caption = f"A sparse step takes [bold]{found['ratio']:.2f}[/] times a dense one ({equal})."
+    title = "Lightning, logging and progress bar, against a bare loop"
+    added = _table(title, "", "added", "bare ms", "Lightning ms", "blocks")
+    for row in found["overhead"]:
+        blocks = ", ".join(f"{value:+.1f}" for value in row["blocks"])
+        figures = f"{row['bare_ms']:.1f}", f"{row['lightning_ms']:.1f}", blocks
+        added.add_row(row["name"], f"[bold]{row['percent']:+.1f} %[/]", *figures)
+    return Group(table, "", added)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption_justify = "left"
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def _noted(table: Table, notes: Sequence[str]) -> RenderableType:
+    """The table, and below it what its cells have no room for."""
+    return Group(table, *notes)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

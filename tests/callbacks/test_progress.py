@@ -1,0 +1,46 @@
+"""What the bar shows."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small import data, module, trainer
+
+from switchkit.callbacks import TrainingBar
+
+
+def shown(folder: Path, terminal: bool) -> str:
+    bar = TrainingBar(refresh_rate=1)
+    out = io.StringIO()
+    bar._console = Console(file=out, force_terminal=terminal, width=160, no_color=True)
+    source = data(folder)
+    trainer(folder, bar, steps=14, enable_progress_bar=True).fit(module(source), source)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+
+
+def test_bar_shows_loss_bits_speed_imbalance_and_drops(tmp_path: Path) -> None:
+    text = shown(tmp_path, terminal=True)
+    for value in (
+        r"loss \d\.\d{3}",
+        r"val bits \d\.\d{3}",
+        r"tokens/s [\d,]+",
+        r"imbalance [1-3]\.\d\d",
+        r"dropped \d+\.\d%",
+    ):
+        assert re.search(value, text), value
+    assert "14/14" in text
+
+
+def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path) -> None:
+    lines = shown(tmp_path, terminal=False).splitlines()
+    assert [line.split()[:2] for line in lines] == [["step", "7"], ["step", "14"]]
+    assert all(word in line for line in lines for word in ("loss", "val bits", "tokens/s", "imbalance", "dropped"))
+
+
+def test_bad_refresh_rate() -> None:
+    with pytest.raises(ValueError, match="refresh_rate must be at least 1; got 0"):
+        TrainingBar(refresh_rate=0)

@@ -1,0 +1,48 @@
+"""When checkpoints are saved, and which one is the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small import data, module, trainer
+
+from switchkit import checkpoints
+from switchkit.callbacks import SaveBest, SaveLast
+
+
+def step_of(path: Path) -> int:
+    return int(checkpoints.read(path)["global_step"])
+
+
+def test_last_is_saved_at_the_end_even_between_intervals(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    trainer(tmp_path, steps=8, every=5).fit(module(source), source)
+    assert step_of(tmp_path / "version_0/checkpoints/last.ckpt") == 8
+
+
+def test_best_is_the_lowest_over_resumed_parts(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=21)
+    loop.fit(module(source), source)
+    best = next(c for c in loop.callbacks if isinstance(c, SaveBest))
+    assert best.path is not None
+    assert step_of(best.path) % 7 == 0
+    resumed = SaveBest()
+    resumed.load_state_dict(best.state_dict())
+    assert (resumed.path, resumed.value) == (best.path, best.value)
+    best.path.unlink()
+    resumed = SaveBest()
+    resumed.load_state_dict(best.state_dict())
+    assert resumed.path is None
+
+
+def test_fast_dev_run_saves_nothing(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    trainer(tmp_path, fast_dev_run=3, steps=3).fit(module(source), source)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_bad_interval() -> None:
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1; got 0"):
+        SaveLast(0)

@@ -1,0 +1,129 @@
+"""Mixtures of experts by loops over single tokens, written from the papers, and how two results are compared.
+
+Nothing here is fast and nothing calls the code under test, but for `one_expert`, which asks experts it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switchkit import Experts, GatedMlp, Mlp, MoELayer, Routing, Rows
+
+ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def one_expert(experts: Experts, e: int, token: Tensor) -> Tensor:
+    """Expert e on one token [D]."""
+    if type(experts) not in (Mlp, GatedMlp):
+        load = torch.zeros(experts.num_experts, dtype=torch.long, device=token.device)
+        load[e] = 1
+        return experts(Rows(x=token.unsqueeze(0), load=load, sizes=tuple(load.tolist())))[0]
+    hidden = token @ experts.w1[e]
+    if experts.b1 is not None:
+        hidden = hidden + experts.b1[e]
+    if type(experts) is GatedMlp:
+        half = len(hidden) // 2
+        hidden = ACTIVATIONS[experts.activation](hidden[:half]) * hidden[half:]
+    else:
+        hidden = ACTIVATIONS[experts.activation](hidden)
+    out = hidden @ experts.w2[e]
+    return out if experts.b2 is None else out + experts.b2[e]
+
+
+def groups(x: Tensor, group: str | int) -> Tensor:
+    """[B, S, ...] as the groups [G, S', ...] that share a capacity, a short last one filled up with zeros."""
+    if group == "sequence":
+        return x
+    flat = list(x.flatten(0, 1))
+    size = len(flat) if group == "batch" else int(group)
+    while len(flat) % size:
+        flat.append(torch.zeros_like(flat[0]))
+    return torch.stack([torch.stack(flat[start : start + size]) for start in range(0, len(flat), size)])
+
+
+def outputs(layer: MoELayer, x: Tensor, routing: Routing) -> Tensor:
+    """What `layer` should return for x when its decisions are those of the record."""
+    tokens = groups(x, layer.group)
+    assert routing.kept is not None
+    result = []
+    for g in range(tokens.shape[0]):
+        for s in range(tokens.shape[1]):
+            token = tokens[g, s]
+            y, served = torch.zeros_like(token), 0
+            for n in range(routing.token.shape[1]):
+                if routing.token[g, n] != s or not routing.chosen[g, n]:
+                    continue
+                if routing.kept[g, n]:
+                    y = y + routing.weight[g, n] * one_expert(layer.experts, int(routing.expert[g, n]), token)
+                    served += 1
+                elif layer.dropped == "weighted_input":
+                    y = y + routing.weight[g, n] * token
+            if layer.dropped == "input" and served == 0 and routing.valid[g, s]:
+                y = y + token
+            result.append(y)
+    return torch.stack(result[: x.shape[0] * x.shape[1]]).view_as(x)
+
+
+def paper(
+    layer: MoELayer, x: Tensor, valid: Tensor, *, k: int, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, list[list[tuple[int, int, bool]]]]:
+    """Softmax routing from the weights alone: outputs, balance loss, z-loss, and (token, expert, kept) per sequence.
+
+    Switch (arXiv 2101.03961): p = softmax(W x), the best expert, y = p E(x); balance = E sum_e f_e P_e; an expert takes
+    the first `capacity` tokens of a sequence. Top k (arXiv 2401.04088): the k best, weights divided by their sum.
+    z (arXiv 2202.08906): the mean of logsumexp(W x)^2.
+    """
+    experts = layer.num_experts
+    ys, decisions, probs, squares = [], [], [], []
+    made = [0] * experts
+    for b in range(x.shape[0]):
+        taken, decided = [0] * experts, []
+        for s in range(x.shape[1]):
+            y = torch.zeros_like(x[b, s])
+            if valid[b, s]:
+                logits = layer.router.weight @ x[b, s]
+                p = logits.exp() / logits.exp().sum()
+                probs.append(p)
+                squares.append(logits.exp().sum().log() ** 2)
+                best = sorted(range(experts), key=lambda e, p=p: -p[e].item())[:k]
+                total = sum(p[e] for e in best) if k > 1 else 1
+                for e in best:
+                    kept = capacity is None or taken[e] < capacity
+                    decided.append((s, e, kept))
+                    made[e] += 1
+                    if kept:
+                        taken[e] += 1
+                        y = y + p[e] / total * one_expert(layer.experts, e, x[b, s])
+            ys.append(y)
+        decisions.append(decided)
+    mean = torch.stack(probs).mean(0)
+    balance = experts * sum(made[e] / sum(made) * mean[e] for e in range(experts))
+    return torch.stack(ys).view_as(x), balance, torch.stack(squares).mean(), decisions
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; NaN is infinite, and zero must be met closely."""
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    got, expected = got.detach().double(), expected.detach().double()
+    found = ((got - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+    return found if found == found else float("inf")
+
+
+def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    """Every tensor of one result equals that of the other, by relative norm, and none is missing on either side."""
+    assert got.keys() == expected.keys()
+    errors = {name: error(got[name], expected[name]) for name in expected}
+    wrong = {name: value for name, value in errors.items() if not value <= tolerance}
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
+
+
+def gradients(loss: Tensor, **wanted: Tensor) -> dict[str, Tensor]:
+    """The gradient of each tensor; one that is not reached is an error."""
+    found = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, retain_graph=True)
+    missing = [name for name, grad in zip(wanted, found, strict=True) if grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    return dict(zip(wanted, found, strict=True))

@@ -1,0 +1,355 @@
+"""What `switchkit bench` measures and says. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from switchkit.bench import contestants, layer, main, overhead, peers, run, timing
+from switchkit.bench.growth import growth
+from switchkit.bench.shapes import CPU_SHAPES, Shape, goal, read_shape
+from switchkit.cli import main as program
+from switchkit.cli.errors import UserError
+
+CPU = torch.device("cpu")
+RECIPE = """\
+model:
+  class_path: LanguageModule
+  init_args:
+    net:
+      class_path: Decoder
+      init_args: {d_model: 16, num_layers: 2, num_heads: 2, d_ff: 32, num_experts: 4, context: 16}
+    moe: {class_path: MoELayer, init_args: {router: switch}}
+    losses: [balance]
+data:
+  class_path: TextData
+  init_args: {path: text.txt, batch_size: 4, context: 16}
+trainer: {max_steps: 9, gradient_clip_val: 1.0}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own; and the allocator of the other tests is left as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "keep_memory", lambda: False)
+
+
+def figures(*arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--rounds", "2", "--json", "found.json"]) == 0
+    return json.loads(Path("found.json").read_text(encoding="utf-8"))
+
+
+# -- layers -------------------------------------------------------------------------------------------------------
+
+
+def test_every_dispatcher_is_measured_against_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures("--shapes", "64,8,16,4,1", "96,8,16,4,2,gated", "--no-recipe")
+    assert found["command"].startswith("switchkit bench --shapes 64,8,16,4,1")
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert [shape["shape"] for shape in found["layers"]] == ["64,8,16,4,1", "96,8,16,4,2,gated"]
+    assert [shape["input"] for shape in found["layers"]] == [[1, 64, 8], [3, 32, 8]]
+    for shape in found["layers"]:
+        assert shape["rounds"] == 2
+        assert shape["imbalance"] >= 1
+        assert [row["name"] for row in shape["rows"]] == ["dense", "einsum", "padded", "sorted"]
+        for row in shape["rows"]:
+            assert row["ratio"] > 0
+            assert 0 < row["min_ms"] <= row["ms"] <= row["max_ms"]
+            assert row["quartiles"][0] <= row["quartiles"][1]
+            assert row["memory_bytes"] > 0
+    assert found["layers"][0]["rows"][0]["ratio"] == 1
+    shown = capsys.readouterr().out
+    assert "64,8,16,4,1" in shown
+    assert "sorted" in shown
+
+
+def test_json_to_the_output_is_all_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--shapes",
+        "16,8,8,2,1",
+        "--dispatchers",
+        "sorted",
+        "--no-recipe",
+        "--dtype",
+        "bf16",
+        "--threads",
+        "1",
+    ]
+    assert main([*arguments, "--rounds", "1", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["layers"][0]["rows"]] == ["dense", "sorted"]
+    assert found["layers"][0]["dtype"] == "bf16"
+
+
+def test_the_dense_layer_has_the_same_products() -> None:
+    shape = Shape(32, 8, 16, 4, 2)
+    for gated in (False, True):
+        weights = sum(weight.numel() for weight in contestants.Dense(shape, gated).parameters())
+        assert 3 * 2 * shape.tokens * weights == Shape(32, 8, 16, 4, 2, gated).flops
+
+
+def test_contestants_agree_and_leave_no_gradient() -> None:
+    shape = Shape(32, 8, 16, 4, 2)
+    setup = contestants.Setup(CPU, "fp32", ("einsum", "padded", "sorted"))
+    found, left_out = contestants.build(shape, setup, (2, 16))
+    assert not left_out
+    x, grad = contestants.inputs(shape, (2, 16), CPU, torch.float32)
+    outputs = [contestants.output(contestant.layer, x) for contestant in found]
+    for other in outputs[2:]:
+        torch.testing.assert_close(other, outputs[1])
+    for contestant in found:
+        contestants.step(contestant.layer, x, grad)
+        assert x.grad is None
+        assert all(weight.grad is None for weight in contestant.layer.parameters())
+
+
+def test_what_has_no_room_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contestants, "room", lambda device: 2**10)
+    found = figures("--shapes", "64,8,16,4,1", "--no-recipe")
+    rows = {row["name"]: row for row in found["layers"][0]["rows"]}
+    assert "left out" in rows["einsum"]["note"]
+    assert "ratio" not in rows["einsum"]
+    assert rows["sorted"]["ratio"] > 0
+    assert "einsum: left out" in capsys.readouterr().out
+
+
+def test_goals_are_those_of_two_cores() -> None:
+    assert [goal(shape, "sorted", "cpu", "fp32") for shape in CPU_SHAPES] == [1.10, 1.40, 1.65]
+    assert goal(CPU_SHAPES[0], "padded", "cpu", "fp32") is None
+    assert goal(CPU_SHAPES[0], "sorted", "cuda", "fp32") is None
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_sorted_is_linear_and_of_einsum_is_not() -> None:
+    setup = contestants.Setup(CPU, "fp32", ("einsum", "sorted"))
+    found = growth(Shape(512, 8, 16, 4, 1), setup)
+    assert found["tokens"] == [128, 256, 512]
+    rows = {row["name"]: row["bytes"] for row in found["rows"]}
+    for small, large in zip(rows["sorted"], rows["sorted"][1:], strict=False):
+        assert large / small == pytest.approx(2, rel=0.1)
+    assert rows["einsum"][2] > 3 * rows["einsum"][1]
+
+
+def test_saved_bytes_count_a_storage_once() -> None:
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        hidden = (x @ weight).relu()
+        return (hidden @ weight) * hidden[:3].sum()
+
+    kept = layer.saved_bytes(forward, [x, weight])
+    # `hidden`, saved three times; the second product; and the sum.
+    assert kept == 4 * (6 * 4 + 6 * 4 + 1)
+
+
+def test_memory_table(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures("--shapes", "64,8,16,4,1", "--dispatchers", "sorted", "--no-layer", "--no-recipe", "--memory")
+    assert found["layers"] == []
+    assert [row["name"] for row in found["memory"][0]["rows"]] == ["dense", "sorted"]
+    assert "x2.0" in capsys.readouterr().out
+
+
+# -- recipes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe() -> str:
+    Path("text.txt").write_text("".join(f"line {n} says little\n" for n in range(60)), encoding="utf-8")
+    Path("small.yaml").write_text(RECIPE, encoding="utf-8")
+    return "small.yaml"
+
+
+def test_training_step_of_a_recipe(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures("--no-layer", "--recipe", recipe, "--steps", "4")["recipe"]
+    assert found["tokens_per_step"] == 64
+    assert found["flops_match"]
+    assert found["ratio"] > 0
+    assert [row["name"] for row in found["rows"]] == ["sparse", "dense"]
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert [row["steps"] for row in found["overhead"]] == [4, 4]
+    assert all(row["percent"] > -100 for row in found["overhead"])
+    assert "tokens/s" in capsys.readouterr().out
+    assert sorted(path.name for path in Path().iterdir()) == ["found.json", "small.yaml", "text.txt"]
+
+
+def test_a_dense_recipe_has_no_twin(recipe: str) -> None:
+    Path(recipe).write_text(RECIPE.replace("context: 16}", "context: 16, sparse: []}", 1), encoding="utf-8")
+    with pytest.raises(UserError, match="this model is dense"):
+        main(["--no-layer", "--recipe", recipe])
+
+
+def test_the_packaged_twin_is_found() -> None:
+    from switchkit import Decoder, LanguageModule
+    from switchkit.bench.step import twin_of
+
+    module = LanguageModule(vocab_size=5)
+    assert isinstance(module.net, Decoder)
+    assert twin_of("tiny_shakespeare", module)[1].endswith("tiny_shakespeare_dense.yaml")
+
+
+def test_both_sides_take_turns() -> None:
+    own: list[int] = []
+    pool: Any = [{"tokens": n} for n in range(3)]
+    turns = overhead.Turns(pool, lambda batch: own.append(batch["tokens"]), turns=2, turn=2, clock=timing.CpuClock())
+    theirs = [batch["tokens"] for batch in turns]
+    assert len(theirs) == len(turns) == 7
+    assert theirs == [0, 1, 2, 0, 1, 2, 0]
+    assert own == theirs[:6]
+    assert {side: len(seconds) for side, seconds in turns.seconds.items()} == {"lightning": 2, "bare": 2}
+
+
+def test_blocks_are_sums_and_lose_nothing() -> None:
+    assert overhead._blocks([1.0, 2, 3, 4, 5, 6, 7], 3) == [6, 22]
+    assert overhead._blocks([1.0, 2], 5) == [3]
+
+
+# -- timing -------------------------------------------------------------------------------------------------------
+
+
+def test_everyone_runs_in_every_round() -> None:
+    calls: list[str] = []
+    runs: dict[str, Callable[[], object]] = {name: lambda name=name: calls.append(name) for name in "abc"}
+    found = timing.interleave(runs, timing.CpuClock(), rounds=4)
+    assert [len(found[name].seconds) for name in "abc"] == [4, 4, 4]
+    rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    assert len(rounds) == 4 + timing.WARM_UP
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+
+
+def test_ratio_of_medians() -> None:
+    ours, base = timing.Timing((2.0, 4.0, 90.0), ()), timing.Timing((2.0, 2.0, 2.0), ())
+    assert timing.ratios(ours, base)[0] == 2
+    assert timing.ratios(base, base) == (1, 1, 1)
+
+
+class Cuda:
+    """What of torch.cuda is used, without a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.mode, self.events, self.waits = 0, 0, 0
+        for name in ("synchronize", "get_sync_debug_mode", "set_sync_debug_mode", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def synchronize(self, device: object) -> None:
+        self.waits += 1
+
+    def get_sync_debug_mode(self) -> int:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: Any) -> None:
+        self.mode = mode
+
+    def Event(self, enable_timing: bool) -> Cuda:
+        return self
+
+    def record(self) -> None:
+        self.events += 1
+
+    def elapsed_time(self, other: object) -> float:
+        return 50.0
+
+
+def test_waits_for_the_device_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, device = Cuda(monkeypatch), torch.device("cuda")
+
+    def reads() -> None:
+        assert cuda.mode == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def fails() -> None:
+        raise RuntimeError("something else")
+
+    assert layer.waits(reads, device) is True
+    assert layer.waits(lambda: None, device) is False
+    with pytest.raises(RuntimeError, match="something else"):
+        layer.waits(fails, device)
+    assert cuda.mode == 0
+    assert layer.waits(fails, CPU) is None
+
+
+def test_cuda_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, calls = Cuda(monkeypatch), []
+    seconds, _ = timing.CudaClock(torch.device("cuda"), repeats=5).time(lambda: calls.append(1))
+    assert (len(calls), cuda.events, cuda.waits) == (5, 2, 2)
+    assert seconds == pytest.approx(0.01)
+
+
+@pytest.mark.gpu
+def test_on_a_device() -> None:
+    found = figures("--device", "cuda", "--shapes", "256,64,64,4,2,gated", "--no-recipe", "--memory")
+    rows = {row["name"]: row for row in found["layers"][0]["rows"]}
+    assert rows["sorted"]["waits_for_device"] is False
+    assert rows["sorted"]["memory_bytes"] > 0
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "64,8,16,4,1"], "Did you mean '--shapes'?"),
+        (["--shapes", "64,8,16"], "expected T,d,f,E,k"),
+        (["--shapes", "64,8,16,4,5"], "k=5 of E=4"),
+        (["--shapes", "64,8,0,4,1"], "above 0"),
+        (["--dispatchers", "sortd"], "Did you mean 'sorted'?"),
+        (["--rounds", "0"], "at least 1"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--recipe", "tiny_shakespear", "--no-layer"], "Did you mean 'tiny_shakespeare'?"),
+        (["--recipe", "tiny_shakespeare", "--no-recipe"], "contradict"),
+        (["--no-layer", "--no-recipe"], "nothing to measure"),
+        (["--json", "no/such/folder.json"], "--json no/such/folder.json"),
+        (["--dtype", "fp8"], "fp32"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program(["bench", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_peers_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'switchkit\[hf\]'"):
+        main(["--peers", "--no-recipe"])
+
+
+def test_shapes_read_as_they_are_written() -> None:
+    for text in ("4096,256,1024,8,2", "16384,1024,4096,8,1,gated"):
+        assert str(read_shape(text)) == text
+
+
+# -- malloc -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_kept_on_glibc() -> None:
+    code = "from switchkit.bench.malloc import keep_memory; print(keep_memory())"
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True, timeout=60
+    )
+    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+
+
+def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchkit.bench import malloc
+
+    monkeypatch.setattr(malloc.sys, "platform", "darwin")
+    assert malloc.keep_memory() is False

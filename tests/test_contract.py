@@ -1,0 +1,272 @@
+"""The contract of every part, over everything that is registered. A new part is tested by its registration alone.
+
+What a property means is written beside it in `properties.py`.
+"""
+
+from __future__ import annotations
+
+import properties
+import pytest
+import torch
+from properties import Case, takes
+
+from switchkit import CapacityPolicy, Dispatcher, Experts, MoELayer, Router, Routing, named
+
+# What a part may do that others may not; everything else is expected of all.
+DRAWS_IN_TRAINING = {"random"}
+BY_POSITION = {"random", "round_robin"}  # decide by the place of a token, not by the token
+BY_SOFTMAX = {"switch", "top_k"}  # what `oracle.paper` describes
+
+ROUTERS = [
+    (name, k)
+    for name, cls in named(Router).items()
+    for k in ((1, 2, 3) if name == "top_k" else (2,) if takes(cls, "k") else (None,))
+]
+LEARNED = [(name, k) for name, k in ROUTERS if list(named(Router)[name](4, 4).parameters())]
+POLICIES = list(named(CapacityPolicy))
+DISPATCHERS = list(named(Dispatcher))
+EXPERTS = list(named(Experts))
+OPTIONS = {"bias": True, "activation": "gelu"}
+
+
+def cases(*made: Case) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", made, ids=str)
+
+
+def everything(routers: list = ROUTERS, policies: list = POLICIES, dispatchers: list = DISPATCHERS) -> list[Case]:
+    return [Case(router=r, k=k, capacity=c, dispatcher=d) for r, k in routers for c in policies for d in dispatchers]
+
+
+def with_experts(capacity: str = "factor") -> list[Case]:
+    """Every kind of experts, plain and with each of its options, over every dispatcher."""
+    made = []
+    for name in EXPERTS:
+        given = tuple((option, value) for option, value in OPTIONS.items() if takes(named(Experts)[name], option))
+        for options in {(), given}:
+            for dispatcher in DISPATCHERS:
+                made.append(Case(experts=name, expert_options=options, dispatcher=dispatcher, k=2, capacity=capacity))
+    return made
+
+
+def with_groups() -> list[Case]:
+    """Capacity over the batch, and over runs of tokens that do and do not divide the 21 of the batch."""
+    return [Case(k=2, group=group, dispatcher=d) for group in ("batch", 1, 3, 4, 50) for d in DISPATCHERS]
+
+
+ALL = everything()
+PER_ROUTER = everything(policies=["factor"], dispatchers=["sorted"])
+PER_DISPATCHER = everything(routers=[("switch", None), ("top_k", 2)], policies=["factor"])
+DROPPED = [
+    Case(k=k, dropped=option, dispatcher=d)
+    for k in (1, 2)
+    for option in ("zero", "input", "weighted_input")
+    for d in DISPATCHERS
+]
+EXPLORING = [
+    Case(router="switch", options=(("jitter", 0.3),)),
+    Case(router="switch", options=(("input_dropout", 0.5),)),
+    Case(router="switch", options=(("sample", True), ("temperature", 2.0))),
+    Case(router="top_k", k=2, options=(("jitter", 0.3),)),
+    Case(router="random", k=2),
+]
+
+
+def on(case: Case, device: str) -> Case:
+    return properties.replace(case, device=device)
+
+
+class TestDecisions:
+    @cases(*ALL, *with_groups())
+    def test_accounts_balance(self, case: Case, device: str) -> None:
+        properties.accounts_balance(on(case, device))
+
+    @cases(*everything(dispatchers=["sorted"]), *with_groups(), Case(capacity_options=(("eval", 0.01),)))
+    def test_capacity_is_filled(self, case: Case, device: str) -> None:
+        properties.capacity_is_filled(on(case, device))
+
+    @cases(*everything(dispatchers=["sorted"]), *with_groups())
+    def test_first_come_first_served(self, case: Case, device: str) -> None:
+        properties.first_come_first_served(on(case, device))
+
+    @cases(*(Case(router="switch", dispatcher=d) for d in DISPATCHERS if d != "einsum"))
+    def test_counts_are_exact(self, case: Case, device: str) -> None:
+        properties.counts_are_exact(on(case, device))
+
+
+class TestOutputsAndGradients:
+    @cases(*ALL, *with_experts(), *with_groups(), *DROPPED)
+    def test_equals_the_loop(self, case: Case, device: str) -> None:
+        properties.equals_the_loop(on(case, device))
+
+    @cases(*everything(routers=[(name, k) for name, k in ROUTERS if name in BY_SOFTMAX]))
+    def test_equals_the_paper(self, case: Case, device: str) -> None:
+        properties.equals_the_paper(on(case, device))
+
+    @cases(*ALL, *with_experts("dropless"), *with_groups())
+    def test_dispatchers_agree(self, case: Case, device: str) -> None:
+        properties.dispatchers_agree(on(case, device))
+
+    @cases(*everything(policies=["factor"]), *with_experts())
+    def test_finite_differences_agree(self, case: Case) -> None:
+        properties.finite_differences_agree(case)
+
+    @cases(Case(router="switch"), Case(k=2, capacity="dropless", dispatcher="padded"))
+    def test_finite_differences_agree_entry_by_entry(self, case: Case) -> None:
+        properties.finite_differences_agree(case, fast=False)
+
+    @cases(*everything(policies=["dropless"]), *with_experts())
+    def test_one_expert_is_dense(self, case: Case, device: str) -> None:
+        properties.one_expert_is_dense(on(case, device))
+
+    @cases(*everything(policies=["dropless"]), *with_experts())
+    def test_equal_experts_are_dense(self, case: Case, device: str) -> None:
+        properties.equal_experts_are_dense(on(case, device))
+
+    @cases(*DROPPED)
+    def test_dropped_tokens_get(self, case: Case, device: str) -> None:
+        properties.dropped_tokens_get(on(case, device))
+
+    @cases(*(case for case in everything(policies=["factor", "dropless"]) if case.dispatcher != "einsum"))
+    def test_experts_see_kept_rows_only(self, case: Case, device: str) -> None:
+        properties.experts_see_kept_rows_only(on(case, device))
+
+    @cases(*everything(routers=LEARNED, policies=["factor"]))
+    def test_task_gradient_reaches_the_router(self, case: Case, device: str) -> None:
+        properties.task_gradient_reaches_the_router(on(case, device))
+
+    @cases(*PER_DISPATCHER, *with_experts())
+    def test_idle_experts_get_zero_gradients(self, case: Case, device: str) -> None:
+        properties.idle_experts_get_zero_gradients(on(case, device))
+
+    @cases(*(properties.replace(case, dtype=torch.float32) for case in PER_DISPATCHER))
+    def test_idle_experts_get_zero_gradients_in_float32(self, case: Case, device: str) -> None:
+        # float32 rows of few tokens take another path than float64 ones; widths that are multiples of 16 bytes.
+        properties.idle_experts_get_zero_gradients(properties.replace(case, d_model=8, d_ff=12, device=device))
+
+    @cases(*everything(policies=["factor"]), *everything(routers=[("top_k", 2)], policies=["dropless"]), *with_groups())
+    def test_nothing_at_all_is_fine(self, case: Case, device: str) -> None:
+        properties.nothing_at_all_is_fine(on(case, device))
+
+
+class TestInvariance:
+    @cases(*ALL, *with_groups())
+    def test_padding_changes_nothing(self, case: Case, device: str) -> None:
+        properties.padding_changes_nothing(on(case, device))
+
+    @cases(*everything(dispatchers=["sorted"]), *PER_DISPATCHER)
+    def test_sequences_do_not_meet(self, case: Case, device: str) -> None:
+        properties.sequences_do_not_meet(on(case, device))
+
+    @cases(*(case for case in everything(dispatchers=["sorted"]) if not case.layer().leaks))
+    def test_the_future_changes_nothing(self, case: Case, device: str) -> None:
+        properties.the_future_changes_nothing(on(case, device))
+
+    @cases(*(case for case in everything(policies=["dropless"]) if case.router not in BY_POSITION))
+    def test_order_goes_with_the_tokens(self, case: Case, device: str) -> None:
+        properties.order_goes_with_the_tokens(on(case, device))
+
+    @cases(*with_groups(), *(Case(router="switch", group=4, capacity=c) for c in POLICIES))
+    def test_groups_are_layers_of_their_own(self, case: Case, device: str) -> None:
+        properties.groups_are_layers_of_their_own(on(case, device))
+
+
+class TestLosses:
+    @cases(*PER_ROUTER)
+    def test_balance_is_one_when_uniform(self, case: Case, device: str) -> None:
+        properties.balance_is_one_when_uniform(on(case, device))
+
+    def test_balance_sees_collapse(self) -> None:
+        properties.balance_sees_collapse()
+
+    def test_z_loss_has_its_closed_form(self) -> None:
+        properties.z_loss_has_its_closed_form()
+
+
+class TestState:
+    @cases(*PER_ROUTER, *PER_DISPATCHER, *EXPLORING, *with_experts(), Case(expert_options=(("dropout", 0.5),)))
+    def test_evaluation_is_certain(self, case: Case, device: str) -> None:
+        properties.evaluation_is_certain(on(case, device))
+
+    @cases(*PER_ROUTER, *PER_DISPATCHER, *EXPLORING, *with_experts())
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+    def test_forward_changes_nothing(self, case: Case, dtype: torch.dtype, device: str) -> None:
+        properties.forward_changes_nothing(properties.replace(case, dtype=dtype, device=device))
+
+    @cases(*EXPLORING)
+    def test_exploration_stays_in_the_router(self, case: Case, device: str) -> None:
+        properties.exploration_stays_in_the_router(on(case, device))
+
+    @cases(*PER_ROUTER, *PER_DISPATCHER, *with_experts())
+    def test_routing_is_float32(self, case: Case, device: str) -> None:
+        properties.routing_is_float32(on(case, device))
+
+    @cases(*everything(policies=["factor"]), *with_experts("dropless"))
+    def test_checkpointing_changes_nothing(self, case: Case, device: str) -> None:
+        properties.checkpointing_changes_nothing(on(case, device))
+
+    # Every router, policy, dispatcher and kind of experts at least once.
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
+    @cases(
+        *(case for case in PER_ROUTER if case.k in (2, None)),
+        *(Case(router="switch", capacity=c, dispatcher="padded") for c in POLICIES if c != "fixed"),
+        *(Case(k=2, capacity="dropless", dispatcher=d) for d in DISPATCHERS),
+        *(Case(k=2, experts=e) for e in EXPERTS if e != "mlp"),
+        Case(k=2, group=4, dropped="input"),
+    )
+    def test_compiles(self, case: Case) -> None:
+        properties.compiles(case)
+
+    @cases(*(Case(experts=name) for name in EXPERTS))
+    def test_experts_start_different(self, case: Case) -> None:
+        properties.experts_start_different(case)
+
+    def test_layers_start_different(self) -> None:
+        properties.layers_start_different()
+
+
+@pytest.mark.parametrize(("name", "k"), ROUTERS)
+def test_training_draws_only_where_it_says_so(name: str, k: int | None) -> None:
+    layer = Case(router=name, k=k).layer(training=True)
+    inputs = Case().inputs()
+    before = torch.get_rng_state()
+    layer(*inputs)
+    assert torch.equal(before, torch.get_rng_state()) != (name in DRAWS_IN_TRAINING)
+
+
+def test_router_and_policy_work_through_their_own_doors() -> None:
+    """What a user's own layer would do: limit, route, place, dispatch, combine, by hand."""
+    layer = Case(k=2).layer()
+    x, valid, ids = Case().inputs()
+    limit = layer.capacity.limit(x.shape[1], 4, layer.router.k, training=False)
+    routing: Routing = layer.router(x, limit, valid, ids)
+    assert routing.slot is None
+    assert routing.kept is None
+    placed = layer.capacity.place(routing, limit, training=False)
+    assert layer.capacity.place(placed, None, training=False) is placed
+    rows = layer.dispatcher.dispatch(x, placed)
+    y = layer.dispatcher.combine(layer.experts(rows), rows, placed)
+    assert torch.equal(y, layer(x, valid, ids)[0])
+
+
+# The layout of keys is what checkpoints are made of: adding is fine, renaming is a new format version.
+KEYS = {
+    "switch": ["router.weight"],
+    "top_k": ["router.weight"],
+    "random": [],
+    "round_robin": [],
+    "mlp": ["experts.w1", "experts.w2"],
+    "gated_mlp": ["experts.w1", "experts.w2"],
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_the_state_are_frozen(name: str) -> None:
+    kind, of = ("router", Router) if name in named(Router) else ("experts", Experts)
+    layer = MoELayer(4, 3, d_ff=5, **{kind: named(of)[name]})
+    assert [key for key in layer.state_dict() if key.startswith(kind)] == KEYS[name]
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
+def test_keys_of_biases_are_frozen(name: str) -> None:
+    layer = Case(experts=name, expert_options=(("bias", True),)).layer()
+    assert list(layer.state_dict()) == ["router.weight", *(f"experts.{key}" for key in ("w1", "w2", "b1", "b2"))]

@@ -1,0 +1,210 @@
+"""Experts against nn.Linear in a loop, and every path of the grouped product against one einsum."""
+
+from __future__ import annotations
+
+import beartype
+import jaxtyping
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switchkit import Experts, GatedMlp, Mlp, Rows, named
+from switchkit.experts import grouped
+
+# The one file that the import hook leaves out, see shapes.py.
+grouped_linear = jaxtyping.jaxtyped(grouped.grouped_linear, typechecker=beartype.beartype)
+LOADS = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (2, 2, 2, 2), (1, 0, 0, 0)]
+PATHS = {
+    "loop, float64": (torch.float64, True, 1e-12),
+    "loop, float32": (torch.float32, True, 1e-6),
+    "one grouped call, float32": (torch.float32, True, 1e-6),
+    "custom op, float64": (torch.float64, False, 1e-12),
+    "custom op, float32": (torch.float32, False, 1e-6),
+}
+
+
+def rows_of(x: Tensor, load: tuple[int, ...], known: bool = True) -> Rows:
+    return Rows(x=x, load=torch.tensor(load), sizes=load if known else None)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("load", LOADS, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_grouped_linear_is_an_einsum(
+    path: str, load: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients; two rows beyond the last load are zero and give no gradient."""
+    dtype, known, tolerance = PATHS[path]
+    grouped_calls = []
+    right = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **how: grouped_calls.append(1) or right(*args, **how))
+    if "loop" in path:
+        monkeypatch.setattr(grouped, "FEW_ROWS", 0)
+    r = sum(load) + 2
+    x = torch.randn(r, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 8, 12, dtype=dtype, requires_grad=True)
+    b = torch.randn(4, 12, dtype=dtype, requires_grad=True) if bias else None
+    y = grouped_linear(x, rows_of(x, load, known), weight, b)
+    hot = torch.zeros(r, 4, dtype=dtype)
+    hot[torch.arange(sum(load)), torch.arange(4).repeat_interleave(torch.tensor(load))] = 1
+    expected = torch.einsum("re,ri,eio->ro", hot, x, weight)
+    if b is not None:
+        expected = expected + hot @ b
+    assert (y[sum(load) :] == 0).all()
+    probe = torch.randn_like(y)
+    wanted = {"x": x, "weight": weight, **({} if b is None else {"bias": b})}
+    found, right_ones = (oracle.gradients((out * probe).sum(), **wanted) for out in (y, expected))
+    oracle.assert_same({"y": y, **found}, {"y": expected, **right_ones}, tolerance)
+    assert bool(grouped_calls) == (dtype == torch.float32 and "loop" not in path and sum(load) > 0)
+
+
+def test_many_rows_take_the_loop() -> None:
+    x, weight = torch.randn(800, 8), torch.randn(2, 8, 12)
+    assert grouped._few(x, weight, 2 * grouped.FEW_ROWS - 1)
+    assert not grouped._few(x, weight, 2 * grouped.FEW_ROWS)
+    assert not grouped._few(x, weight, 0)
+    assert not grouped._few(x.double(), weight.double(), 3)
+    assert not grouped._few(x, torch.randn(2, 8, 13), 3), "strides of 16 bytes only"
+
+
+def test_widths_that_are_no_multiple_of_16_bytes_work() -> None:
+    load = (3, 1)
+    x, weight = torch.randn(4, 5), torch.randn(2, 5, 7)
+    y = grouped_linear(x, rows_of(x, load), weight)
+    oracle.assert_same({"y": y}, {"y": torch.cat([x[:3] @ weight[0], x[3:] @ weight[1]])}, 1e-6)
+
+
+def test_padded_layout_is_a_batched_product() -> None:
+    x, weight, bias = torch.randn(3, 5, 8), torch.randn(3, 8, 12), torch.randn(3, 12)
+    y = grouped_linear(x, Rows(x=x, load=torch.full((3,), 5)), weight, bias)
+    for e in range(3):
+        oracle.assert_same({"y": y[e]}, {"y": x[e] @ weight[e] + bias[e]}, 1e-6)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["loop", "custom op"])
+def test_autocast_sets_the_dtype(known: bool) -> None:
+    x, weight = torch.randn(4, 8), torch.randn(2, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_linear(x, rows_of(x, (3, 1), known), weight, torch.randn(2, 8))
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # opcheck's own
+def test_custom_ops_keep_their_promises() -> None:
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 8, 4, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(grouped.loop, (x, weight, torch.tensor([3, 2])))
+
+
+class TestAgainstLinear:
+    """nn.Linear modules with copied weights, one set per expert."""
+
+    load = (3, 0, 2)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        module = nn.Linear(*weight.shape, bias=bias is not None, dtype=weight.dtype)
+        module.weight.data.copy_(weight.t())
+        if bias is not None:
+            module.bias.data.copy_(bias)
+        return module
+
+    def bias_of(self, bias: Tensor | None, e: int, part: slice = slice(None)) -> Tensor | None:
+        return None if bias is None else bias[e, part]
+
+    def made(self, cls: type[Experts], **options: object) -> tuple[Experts, Tensor]:
+        experts = cls(6, 5, 3, **options).double()
+        for name in ("b1", "b2"):
+            if options.get("bias"):
+                nn.init.normal_(getattr(experts, name))
+        return experts, torch.randn(5, 6, dtype=torch.float64)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize(("activation", "module"), [("relu", nn.ReLU()), ("gelu", nn.GELU()), ("silu", nn.SiLU())])
+    def test_mlp(self, activation: str, module: nn.Module, bias: bool) -> None:
+        experts, x = self.made(Mlp, activation=activation, bias=bias)
+        parts = []
+        for e, tokens in enumerate(x.split(self.load)):
+            up = self.linear(experts.w1[e], self.bias_of(experts.b1, e))
+            down = self.linear(experts.w2[e], self.bias_of(experts.b2, e))
+            parts.append(nn.Sequential(up, module, down)(tokens))
+        oracle.assert_same({"y": experts(rows_of(x, self.load))}, {"y": torch.cat(parts)}, 1e-12)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize(("activation", "module"), [("relu", nn.ReLU()), ("gelu", nn.GELU()), ("silu", nn.SiLU())])
+    def test_gated_mlp(self, activation: str, module: nn.Module, bias: bool) -> None:
+        experts, x = self.made(GatedMlp, activation=activation, bias=bias)
+        first, second = slice(0, 5), slice(5, 10)
+        parts = []
+        for e, tokens in enumerate(x.split(self.load)):
+            gate = self.linear(experts.w1[e][:, first], self.bias_of(experts.b1, e, first))
+            value = self.linear(experts.w1[e][:, second], self.bias_of(experts.b1, e, second))
+            down = self.linear(experts.w2[e], self.bias_of(experts.b2, e))
+            parts.append(down(module(gate(tokens)) * value(tokens)))
+        oracle.assert_same({"y": experts(rows_of(x, self.load))}, {"y": torch.cat(parts)}, 1e-12)
+
+    def test_defaults_are_those_of_the_papers(self) -> None:
+        assert (Mlp(6, 5, 3).activation, GatedMlp(6, 5, 3).activation) == ("relu", "silu")
+        assert Mlp(6, 5, 3).b1 is GatedMlp(6, 5, 3).b2 is None
+
+
+@pytest.mark.parametrize("cls", [Mlp, GatedMlp])
+def test_expert_dropout_works_on_hidden_activations_in_training_only(cls: type[Experts]) -> None:
+    """With constant hidden activations and w2 of 1/d_ff, an output is the share that survived, scaled up."""
+    experts = cls(1, 10_000, 1, dropout=0.25).double()
+    for parameter in experts.parameters():
+        nn.init.ones_(parameter)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    rows = rows_of(x, (1,))
+    full = experts.eval()(rows).item()
+    noisy = experts.train()(rows).item()
+    assert noisy != full
+    # Five standard deviations of a mean of 10 000 survivors.
+    assert abs(noisy / full - 1) < 5 * (0.25 / 0.75 / 10_000) ** 0.5
+    assert experts.eval()(rows).item() == full
+
+
+@pytest.mark.parametrize("cls", [Mlp, GatedMlp])
+def test_weights_start_truncated_by_fan_in(cls: type[Experts]) -> None:
+    """std sqrt(0.1 / fan_in), cut at two deviations, which leaves 0.88 of it."""
+    experts = cls(200, 50, 8)
+    for weight, fan_in in ((experts.w1, 200), (experts.w2, 50)):
+        std = (0.1 / fan_in) ** 0.5
+        assert weight.abs().max() <= 2 * std
+        assert abs(weight.std() / std - 0.88) < 0.02
+
+
+@pytest.mark.parametrize("name", list(named(Experts)))
+@pytest.mark.parametrize("load", LOADS, ids=str)
+def test_rows_of_no_expert_come_back_as_zeros(name: str, load: tuple[int, ...]) -> None:
+    options = {"bias": True} if name in ("mlp", "gated_mlp") else {}
+    experts = named(Experts)[name](6, 5, 4, **options).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(sum(load) + 3, 6, dtype=torch.float64)
+    for known in (True, False):
+        assert (experts(rows_of(x, load, known))[sum(load) :] == 0).all()
+
+
+def test_always_and_mix_do_nothing_unless_told() -> None:
+    experts, x = Mlp(6, 5, 4), torch.randn(2, 3, 6)
+    assert experts.always(x) is None
+    assert torch.equal(experts.mix(x, 2 * x, x), 3 * x)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Mlp(0, 5, 4), "d_model must be at least 1; got 0"),
+        (lambda: Mlp(6, -5, 4), "d_ff must be at least 1; got -5"),
+        (lambda: GatedMlp(6, 5, 0), "num_experts must be at least 1; got 0"),
+        (lambda: Mlp(6, 5, 4, activation="tanh"), "activation must be one of relu, gelu, silu; got 'tanh'"),
+        (lambda: GatedMlp(6, 5, 4, dropout=1.0), "dropout must be in [0, 1); got 1.0"),
+        (lambda: Mlp(6, 5, 4, dropout=-0.1), "got -0.1"),
+    ],
+)
+def test_bad_options_are_refused(make, says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        make()
+    assert says in str(caught.value)

@@ -1,0 +1,208 @@
+"""The sparse layer's own options, and the blocks around it. What its parts must keep is in the contract."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from properties import EXACT, Case, run
+from torch import Tensor, nn
+
+from switchkit import CapacityPolicy, Dropless, Einsum, Factor, Mlp, MoELayer, Router, Sorted, Switch, TopK
+from switchkit.layers import Attention, Block, FeedForward
+from switchkit.routing.base import token_choice
+
+
+def test_defaults() -> None:
+    layer = MoELayer(8, 4, d_ff=6)
+    parts = (layer.router, layer.capacity, layer.experts, layer.dispatcher)
+    assert tuple(type(part) for part in parts) == (Switch, Dropless, Mlp, Sorted)
+    assert (layer.group, layer.dropped, layer.leaks) == ("sequence", "zero", None)
+
+
+def test_each_layer_has_parts_of_its_own() -> None:
+    factory = partial(MoELayer, 8, 4, d_ff=6, router=partial(TopK, k=2), capacity=Factor)
+    first, second = factory(), factory()
+    assert first.router is not second.router
+    assert first.capacity is not second.capacity
+
+
+def test_a_routers_k_is_what_capacity_is_asked_with() -> None:
+    asked = []
+
+    class Spy(CapacityPolicy):
+        def limit(self, S, E, K, *, training):
+            asked.append((S, E, K, training))
+
+    layer = MoELayer(8, 4, d_ff=6, router=partial(TopK, k=3), capacity=Spy, group=5)
+    layer(torch.randn(2, 4, 8))
+    layer.eval()(torch.randn(2, 4, 8))
+    assert asked == [(5, 4, 3, True), (5, 4, 3, False)]
+
+
+def test_shared_experts_are_mixed_in_once_after_the_routed_ones() -> None:
+    """An expert that is always on: its output goes to every token, dropped ones included."""
+
+    class WithShared(Mlp):
+        def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
+            super().__init__(d_model, d_ff, num_experts)
+            self.shared = FeedForward(d_model, d_ff)
+
+        def always(self, x: Tensor) -> Tensor:
+            return self.shared(x)
+
+        def mix(self, routed: Tensor, always: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * routed + 0.25 * always
+
+    layer = MoELayer(8, 4, d_ff=6, experts=WithShared, capacity=partial(Factor, 0.3, 0.3)).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y, routing = layer(x)
+    assert not routing.kept.all()
+    expected = 0.5 * oracle.outputs(layer, x, routing) + 0.25 * layer.experts.shared(x)
+    oracle.assert_same({"y": y}, {"y": expected}, EXACT)
+
+
+class ById(Router):
+    """Routes by the token's id alone."""
+
+    needs_ids = True
+
+    def forward(self, tokens, limit, valid, ids=None):
+        expert = (ids % self.num_experts).unsqueeze(-1)
+        logits = torch.zeros(*tokens.shape[:2], self.num_experts, dtype=tokens.dtype)
+        weight = torch.ones_like(expert, dtype=tokens.dtype)
+        return token_choice(logits, logits.softmax(-1), expert, weight, valid)
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", 4])
+def test_ids_are_grouped_as_tokens_are(group: str | int) -> None:
+    layer = MoELayer(8, 4, d_ff=6, router=ById, group=group)
+    ids = torch.randint(0, 100, (3, 5))
+    _, routing = layer(torch.randn(3, 5, 8), None, ids)
+    chosen = routing.expert[routing.chosen]
+    assert chosen.tolist() == [int(i) % 4 for i in ids.flatten()]
+
+
+def test_no_valid_means_all_are_real() -> None:
+    case = Case(k=2)
+    layer, (x, _, _) = case.layer(), case.inputs()
+    ones = torch.ones(x.shape[:2], dtype=torch.bool)
+    assert torch.equal(run(layer, x)[0], run(layer, x, ones)[0])
+
+
+def test_leaks_are_those_of_the_parts() -> None:
+    class Open(Switch):
+        leaks = "looks ahead"
+
+    class Greedy(Dropless):
+        leaks = "serves the best first"
+
+    assert MoELayer(8, 4, d_ff=6, router=Open).leaks == "looks ahead"
+    assert MoELayer(8, 4, d_ff=6, capacity=Greedy).leaks == "serves the best first"
+
+
+def test_one_bad_token_stays_alone_in_sorted() -> None:
+    """NaN in one real token reaches no other token of a dropless layer (an einsum would spread it: 0 * NaN)."""
+    layer = MoELayer(8, 4, d_ff=6, router=partial(TopK, k=2)).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected, _ = layer(x)
+    x[1, 2] = float("nan")
+    y, _ = layer(x)
+    assert y[1, 2].isnan().all()
+    y = y.index_put((torch.tensor(1), torch.tensor(2)), expected[1, 2])
+    oracle.assert_same({"y": y}, {"y": expected}, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"group": "tokens"}, "group must be 'sequence', 'batch' or a number of tokens >= 1; got 'tokens'"),
+        ({"group": 0}, "got 0"),
+        ({"group": -3}, "got -3"),
+        ({"dropped": "copy"}, "dropped must be 'zero', 'input' or 'weighted_input'; got 'copy'"),
+        ({"router": partial(TopK, k=9)}, "k must be from 1 to num_experts=4"),
+        ({"d_ff": 0}, "d_ff must be at least 1; got 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        MoELayer(8, 4, **{"d_ff": 6, **options})
+    assert says in str(caught.value)
+
+
+# Shapes are the layer's own business here, so without the checks of `shapes.py`.
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("x", "valid", "says"),
+    [
+        ((2, 5, 7), None, "x must be [B, S, 8] (d_model=8); got [2, 5, 7]"),
+        ((5, 8), None, "got [5, 8]"),
+        ((2, 5, 8), torch.ones(2, 4, dtype=torch.bool), "valid must be a bool tensor of shape [2, 5]"),
+        ((2, 5, 8), torch.ones(2, 5), "True for real tokens; got torch.float32 of [2, 5]"),
+        ((2, 5, 8), torch.ones(2, 5, dtype=torch.long), "got torch.int64 of [2, 5]"),
+    ],
+)
+def test_bad_inputs_are_refused(x: tuple[int, ...], valid: Tensor | None, says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        MoELayer(8, 4, d_ff=6)(torch.zeros(x), valid)
+    assert says in str(caught.value)
+
+
+def test_a_router_that_needs_ids_says_so() -> None:
+    with pytest.raises(ValueError, match="ById routes by token ids: call layer"):
+        MoELayer(8, 4, d_ff=6, router=ById)(torch.zeros(1, 2, 8))
+
+
+def test_feed_forward_is_one_expert() -> None:
+    dense, experts = FeedForward(8, 6).double(), Mlp(8, 6, 1).double()
+    dense.up.weight.data.copy_(experts.w1[0].t())
+    dense.down.weight.data.copy_(experts.w2[0].t())
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    expected = torch.stack([oracle.one_expert(experts, 0, token) for token in x.flatten(0, 1)]).view_as(x)
+    oracle.assert_same({"y": dense(x)}, {"y": expected}, EXACT)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_a_loop_over_pairs(padded: bool) -> None:
+    """softmax of q k / sqrt(d) over the real tokens up to one's own place, per head."""
+    attention = Attention(8, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    valid = torch.tensor([[True] * 5, [False, True, True, True, False]]) if padded else None
+    y = attention(x, valid)
+    q, k, v = attention.qkv(x).split(8, dim=-1)
+    expected = torch.zeros_like(x)
+    for b in range(2):
+        for t in range(5):
+            seen = [s for s in range(t + 1) if valid is None or valid[b, s] or s == t]
+            for head in (slice(0, 4), slice(4, 8)):
+                scores = torch.stack([(q[b, t, head] * k[b, s, head]).sum() / 2 for s in seen]).softmax(0)
+                expected[b, t, head] = sum(p * v[b, s, head] for p, s in zip(scores, seen, strict=True))
+    oracle.assert_same({"y": y}, {"y": attention.out(expected)}, EXACT)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="num_heads=3 does not divide d_model=8: choose a divisor"):
+        Attention(8, 3)
+
+
+def test_a_block_adds_to_its_input() -> None:
+    """With both sublayers silenced, nothing but the residual remains; the record comes from a sparse one only."""
+    for mlp in (FeedForward(8, 6), MoELayer(8, 4, d_ff=6, dispatcher=Einsum)):
+        block = Block(Attention(8, 2), mlp, 8)
+        nn.init.zeros_(block.attention.out.weight)
+        for name, parameter in mlp.named_parameters():
+            if name in ("down.weight", "experts.w2"):
+                nn.init.zeros_(parameter)
+        x = torch.randn(2, 3, 8)
+        y, routing = block(x)
+        assert torch.equal(y, x)
+        assert (routing is None) == isinstance(mlp, FeedForward)
+
+
+def test_dropout_of_a_block_is_for_training() -> None:
+    block = Block(Attention(8, 2, dropout=0.5), FeedForward(8, 6, dropout=0.5), 8, dropout=0.5)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(block.eval()(x)[0], block(x)[0])
+    assert not torch.equal(block.train()(x)[0], block(x)[0])

@@ -1,0 +1,234 @@
+"""Decoders of dense and sparse blocks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from properties import EXACT
+
+from switchkit import Balance, Decoder, Factor, MoELayer, RouterZ, Switch, TopK, every, last
+from switchkit.layers import FeedForward
+from switchkit.models import Output, sparse_layers
+
+SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
+TIGHT = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, 0.5, 0.5))
+
+
+def decoder(**options: object) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(11, **{**SIZES, **options}).double()
+
+
+def ids(batch: int = 3, length: int = 10) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 11, (batch, length))
+
+
+@pytest.mark.parametrize(
+    ("placement", "layers", "expected"),
+    [
+        ("every(1)", 4, (0, 1, 2, 3)),
+        ("every(2)", 6, (1, 3, 5)),
+        ("every(2)", 5, (1, 3)),
+        ("every(4)", 4, (3,)),
+        ("last(1)", 4, (3,)),
+        ("last(3)", 4, (1, 2, 3)),
+        ([2, 0], 4, (0, 2)),
+        ([1, 1], 4, (1,)),
+        ([], 4, ()),
+        (every(3), 6, (2, 5)),
+        (last(2), 6, (4, 5)),
+    ],
+)
+def test_placements(placement: str | list[int], layers: int, expected: tuple[int, ...]) -> None:
+    assert sparse_layers(placement, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("placement", "says"),
+    [
+        ("every(0)", "sparse='every(0)' needs n from 1 to num_layers=4"),
+        ("every(5)", "sparse='every(5)' needs n from 1 to num_layers=4"),
+        ("last(9)", "sparse='last(9)' needs n from 1 to num_layers=4"),
+        ("some", "sparse must be 'every(n)', 'last(n)' or a list of layers; got 'some'"),
+        ("every(-1)", "got 'every(-1)'"),
+        ([4], "sparse names layer 4, but layers are 0 to 3"),
+        ([-1], "sparse names layer -1, but layers are 0 to 3"),
+    ],
+)
+def test_placements_that_do_not_exist_are_refused(placement: str | list[int], says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        decoder(sparse=placement)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("sparse", ["every(2)", "last(1)", [0, 3], "every(1)"])
+def test_one_record_per_sparse_layer_in_order(sparse: str | list[int]) -> None:
+    model = decoder(sparse=sparse)
+    out = model(ids())
+    assert isinstance(out, Output)
+    assert out.logits.shape == (3, 10, 11)
+    places = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoELayer)]
+    assert tuple(places) == model.sparse == sparse_layers(sparse, 4)
+    seen = []
+    for place in places:
+        model.blocks[place].mlp.register_forward_hook(lambda _, args, result: seen.append(result[1]))
+    again = model(ids())
+    assert [id(r) for r in again.routings] == [id(r) for r in seen]
+    assert all(r.batch == 3 for r in out.routings)
+
+
+def test_a_dense_model_has_no_records_and_no_losses() -> None:
+    model = decoder(sparse=[])
+    out = model(ids())
+    assert out.routings == ()
+    assert all(isinstance(block.mlp, FeedForward) for block in model.blocks)
+    assert Balance()(out.routings) + RouterZ()(out.routings) == 0
+
+
+def test_every_sparse_layer_adds_to_the_losses() -> None:
+    """All layers sparse, one layer sparse: the router of each gets a gradient from the routing losses alone."""
+    for sparse in ("every(1)", [2]):
+        model = decoder(sparse=sparse)
+        routings = model(ids()).routings
+        loss = Balance()(routings) + RouterZ()(routings)
+        wanted = {n: p for n, p in model.named_parameters() if n.endswith("router.weight")}
+        assert len(wanted) == len(routings)
+        assert all(grad.norm() > 0 for grad in oracle.gradients(loss, **wanted).values())
+
+
+def test_sizes_reach_the_parts() -> None:
+    model = decoder(expert_d_ff=5, sparse="every(2)")
+    dense, sparse = model.blocks[0].mlp, model.blocks[1].mlp
+    assert dense.up.weight.shape == (12, 8)
+    assert (sparse.d_model, sparse.d_ff, sparse.num_experts) == (8, 5, 3)
+    assert decoder().blocks[1].mlp.d_ff == 12
+    assert sparse.router is not model.blocks[3].mlp.router
+
+
+def test_the_output_layer_is_the_embedding() -> None:
+    model = decoder()
+    assert "head" not in " ".join(model.state_dict())
+    before = model(ids()).logits
+    with torch.no_grad():
+        model.embed.weight[3] = 0
+    assert (model(ids()).logits[..., 3] == 0).all()
+    assert not (before[..., 3] == 0).any()
+
+
+@pytest.mark.parametrize("moe", [None, TIGHT, partial(TIGHT, group=4)], ids=["dropless", "tight", "groups of 4"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_future_changes_nothing(moe: object, padded: bool) -> None:
+    """Editing the tokens after t changes no logits up to t, with dropped tokens and padding included."""
+    model, tokens = decoder(moe=moe), ids()
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    if padded:
+        valid[1, 7:] = False
+        valid[2, :4] = False
+    before = model(tokens, valid).logits
+    for t in range(9):
+        later = tokens.clone()
+        later[:, t + 1 :] = (later[:, t + 1 :] + 1 + t) % 11
+        if moe is not None and "group" in moe.keywords:
+            later[:2] = tokens[:2]  # groups run over sequences: an earlier one reaches a later one
+        after = model(later, valid).logits
+        assert oracle.error(after[:, : t + 1], before[:, : t + 1]) <= EXACT
+
+
+@pytest.mark.parametrize("moe", [None, TIGHT], ids=["dropless", "tight"])
+def test_padding_left_or_right_changes_nothing(moe: object) -> None:
+    """Positions count real tokens, attention and experts see no others."""
+    model, tokens = decoder(moe=moe), ids(1, 6)
+    filler = torch.full((1, 4), 7)
+    real = torch.ones(1, 6, dtype=torch.bool)
+    right = model(torch.cat([tokens, filler], 1), torch.cat([real, ~real[:, :4]], 1))
+    left = model(torch.cat([filler, tokens], 1), torch.cat([~real[:, :4], real], 1))
+    other = model(torch.cat([filler - 3, tokens], 1), torch.cat([~real[:, :4], real], 1))
+    assert oracle.error(left.logits[:, 4:], right.logits[:, :6]) <= EXACT
+    assert torch.equal(left.logits[:, 4:], other.logits[:, 4:])
+    if moe is None:
+        assert oracle.error(model(tokens).logits, right.logits[:, :6]) <= EXACT
+    for loss in (Balance(), RouterZ()):
+        assert oracle.error(loss(left.routings), loss(right.routings)) <= EXACT
+
+
+def test_sequences_do_not_meet() -> None:
+    model, tokens = decoder(moe=TIGHT), ids()
+    together = model(tokens).logits
+    alone = torch.cat([model(tokens[b : b + 1]).logits for b in range(3)])
+    assert oracle.error(alone, together) <= EXACT
+
+
+def test_batches_of_nothing_and_of_padding_stay_finite() -> None:
+    model = decoder(moe=TIGHT)
+    assert model(ids(0)).logits.shape == (0, 10, 11)
+    assert model(ids(2, 0)).logits.shape == (2, 0, 11)
+    out = model(ids(), torch.zeros(3, 10, dtype=torch.bool))
+    assert out.logits.isfinite().all()
+    assert Balance()(out.routings) == RouterZ()(out.routings) == 0
+
+
+def test_a_sequence_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 11 tokens, but context=10: shorten it"):
+        decoder()(ids(1, 11))
+
+
+class Peek(Switch):
+    """Adds the mean of the whole sequence to each token before deciding: it sees the future."""
+
+    leaks = "Peek averages over the whole sequence"
+
+    def logits(self, tokens):
+        return super().logits(tokens + tokens.mean(1, keepdim=True))
+
+
+def test_a_part_that_sees_the_future_is_refused() -> None:
+    moe = partial(MoELayer, router=Peek)
+    with pytest.raises(ValueError, match="Peek averages over the whole sequence: a causal model would see the future"):
+        decoder(moe=moe)
+    assert decoder(moe=moe, sparse=[]).sparse == ()
+
+
+def test_a_leak_that_is_allowed_does_leak() -> None:
+    """The refusal is not for nothing: the first token's logits change with the last token."""
+    model, tokens = decoder(moe=partial(MoELayer, router=Peek), allow_leak=True), ids()
+    later = tokens.clone()
+    later[:, -1] = (later[:, -1] + 5) % 11
+    assert oracle.error(model(later).logits[:, 0], model(tokens).logits[:, 0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_heads": 3}, "num_heads=3 does not divide d_model=8"),
+        ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ({"d_model": 0}, "d_model must be at least 1; got 0"),
+        ({"d_ff": -1}, "d_ff must be at least 1; got -1"),
+        ({"expert_d_ff": 0}, "expert_d_ff must be at least 1; got 0"),
+        ({"context": 0}, "context must be at least 1; got 0"),
+        ({"num_experts": 0}, "num_experts must be at least 1; got 0"),
+        ({"dropout": 1.0}, "dropout must be in [0, 1); got 1.0"),
+        ({"moe": partial(MoELayer, router=partial(TopK, k=4))}, "k must be from 1 to num_experts=3"),
+    ],
+)
+def test_bad_sizes_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        decoder(**options)
+    assert says in str(caught.value)
+
+
+def test_an_empty_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size must be at least 1; got 0"):
+        Decoder(0)
+
+
+def test_keys_of_the_state_are_frozen() -> None:
+    """What checkpoints are made of: adding is fine, renaming is a new format version."""
+    block = ["attention_norm.weight", "attention.qkv.weight", "attention.out.weight", "mlp_norm.weight"]
+    dense, sparse = ["mlp.up.weight", "mlp.down.weight"], ["mlp.router.weight", "mlp.experts.w1", "mlp.experts.w2"]
+    expected = ["embed.weight", "position.weight"]
+    expected += [f"blocks.0.{key}" for key in block + dense] + [f"blocks.1.{key}" for key in block + sparse]
+    assert list(decoder(num_layers=2).state_dict()) == [*expected, "norm.weight"]

@@ -1,0 +1,168 @@
+"""Routers, each against what its paper says in a loop."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from switchkit import Random, RoundRobin, Router, Switch, TopK, named
+
+D, E = 6, 4
+
+
+def route(router: Router, tokens: Tensor, valid: Tensor | None = None, *, training: bool = False):
+    if valid is None:
+        valid = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    return router.train(training)(tokens, None, valid)
+
+
+def tokens(groups: int = 2, size: int = 9) -> Tensor:
+    return torch.randn(groups, size, D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("normalize", [None, False])
+def test_top_k_sorts_the_softmax(k: int, normalize: bool | None) -> None:
+    x, router = tokens(), TopK(D, E, k=k, normalize=normalize).double()
+    r = route(router, x)
+    for g in range(2):
+        for s in range(9):
+            logits = [sum(w * v for w, v in zip(row, x[g, s], strict=True)).item() for row in router.weight]
+            total = sum(math.exp(v) for v in logits)
+            best = sorted(range(E), key=lambda e, logits=logits: -logits[e])[:k]
+            probs = [math.exp(logits[e]) / total for e in best]
+            weight = [p / sum(probs) for p in probs] if k > 1 and normalize is None else probs
+            mine = slice(s * k, (s + 1) * k)
+            assert r.token[g, mine].tolist() == [s] * k
+            assert r.expert[g, mine].tolist() == best
+            assert oracle.error(r.weight[g, mine], torch.tensor(weight)) < 1e-6
+            assert oracle.error(r.logits[g, s], torch.tensor(logits)) < 1e-6
+    assert r.k == router.k == k
+
+
+def test_switch_is_the_top_one_with_its_raw_probability() -> None:
+    x, switch, top = tokens(), Switch(D, E).double(), TopK(D, E, k=1).double()
+    top.load_state_dict(switch.state_dict())
+    a, b = route(switch, x), route(top, x)
+    for name in ("logits", "probs", "token", "expert", "weight", "chosen"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    assert torch.equal(a.weight, a.probs.max(-1).values)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_switch_samples_from_the_softmax(temperature: float) -> None:
+    """Frequencies of 20 000 draws lie within five standard deviations, sqrt(p (1 - p) / n), of the softmax."""
+    n = 20_000
+    router = Switch(D, E, sample=True, temperature=temperature).double()
+    x = 3 * tokens(1, 1).expand(1, n, D)
+    r = route(router, x, training=True)
+    p = (r.logits[0, 0] / temperature).softmax(-1)
+    found = torch.bincount(r.expert[0], minlength=E) / n
+    assert ((found - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all(), (found, p)
+    # The bound is narrow enough to tell this temperature from another.
+    other = (r.logits[0, 0] / (temperature * 1.5)).softmax(-1)
+    assert ((found - other).abs() > 5 * (other * (1 - other) / n).sqrt()).any()
+    # The weight stays the probability at temperature one, so that the gradient is that of the loss.
+    assert torch.equal(r.weight, r.probs.gather(-1, r.expert.unsqueeze(-1)).squeeze(-1))
+
+
+def test_jitter_multiplies_by_what_it_says() -> None:
+    """With one input at a time, the ratio of logits with and without jitter is the factor: uniform in [0.7, 1.3]."""
+    router = Switch(1, 2, jitter=0.3).double()
+    x = torch.ones(1, 5000, 1, dtype=torch.float64)
+    ratio = (route(router, x, training=True).logits / route(router, x).logits)[0, :, 0]
+    assert 0.7 <= ratio.min() < 0.71
+    assert 1.29 < ratio.max() <= 1.3
+    assert abs(ratio.mean() - 1) < 5 * 0.3 / math.sqrt(3 * 5000)
+
+
+def test_input_dropout_drops_entries_and_scales_the_rest() -> None:
+    router = Switch(1, 2, input_dropout=0.25).double()
+    x = torch.ones(1, 5000, 1, dtype=torch.float64)
+    ratio = (route(router, x, training=True).logits / route(router, x).logits)[0, :, 0]
+    dropped = ratio == 0
+    torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1 / 0.75))
+    assert abs(dropped.double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 5000)
+
+
+def test_linear_routers_start_small_and_truncated() -> None:
+    """Truncated normal at two deviations, std sqrt(0.1 / d_model); truncation leaves 0.88 of the deviation."""
+    std = math.sqrt(0.1 / 400)
+    for cls in (Switch, TopK):
+        weight = cls(400, 50).weight
+        assert weight.abs().max() <= 2 * std
+        assert abs(weight.std() / std - 0.88) < 0.02
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_random_draws_k_different_experts_evenly(k: int) -> None:
+    n = 8000
+    r = route(Random(D, E, k=k), torch.zeros(1, n, D), training=True)
+    chosen = r.expert.view(n, k)
+    assert all(len(set(row)) == k for row in chosen[:500].tolist())
+    share, p = torch.bincount(r.expert[0], minlength=E) / n, k / E
+    assert ((share - p).abs() <= 5 * math.sqrt(p * (1 - p) / n)).all()
+    torch.testing.assert_close(r.weight, torch.full_like(r.weight, 1 / k))
+    assert (r.probs == 1 / E).all()
+
+
+def test_random_reads_a_table_by_position_in_evaluation() -> None:
+    """The same for every sequence, token and instance; even enough; and not moved by padding."""
+    n = 8000
+    r = route(Random(D, E, k=2), tokens(2, n))
+    again = route(Random(D, E, k=2), tokens(1, n))
+    assert torch.equal(r.expert[0], r.expert[1])
+    assert torch.equal(r.expert[0], again.expert[0])
+    share = torch.bincount(r.expert[0], minlength=E) / n
+    assert ((share - 0.5).abs() <= 5 * math.sqrt(0.25 / n)).all()
+    pairs = torch.bincount((r.expert[0].view(n, 2) * torch.tensor([E, 1])).sum(1), minlength=E * E) / n
+    assert ((pairs > 0).sum() == E * (E - 1)).item(), "every ordered pair occurs"
+    valid = torch.ones(1, n, dtype=torch.bool)
+    valid[0, [0, 5, 6]] = False
+    shifted = route(Random(D, E, k=2), tokens(1, n), valid)
+    assert torch.equal(shifted.expert[shifted.chosen], again.expert[0, : -3 * 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_round_robin_is_as_even_as_can_be(k: int) -> None:
+    valid = torch.rand(3, 22) < 0.7
+    r = route(RoundRobin(D, E, k=k), torch.zeros(3, 22, D), valid)
+    for g in range(3):
+        turns = [int(e) for e, chosen in zip(r.expert[g], r.chosen[g], strict=True) if chosen]
+        assert turns == [i % E for i in range(len(turns))]
+
+
+def test_routers_compute_in_float32_at_least() -> None:
+    for name, cls in named(Router).items():
+        for given, used in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+            r = route(cls(D, E).to(given), tokens().to(given))
+            assert r.logits.dtype == r.weight.dtype == used, name
+        r = route(cls(D, E).double(), tokens())
+        assert r.logits.dtype == r.weight.dtype == torch.float64, name
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TopK(D, E, k=5), "k=5 choices of a token are impossible: k must be from 1 to num_experts=4"),
+        (lambda: TopK(D, E, k=0), "k=0"),
+        (lambda: Random(D, E, k=5), "num_experts=4"),
+        (lambda: RoundRobin(D, E, k=-1), "k=-1"),
+        (lambda: TopK(D, E, k=1, normalize=True), "normalize=True with k=1 makes every weight 1"),
+        (lambda: TopK(D, E, jitter=-1), "jitter must be in [0, 1); got -1"),
+        (lambda: Switch(D, E, jitter=1.0), "jitter must be in [0, 1); got 1.0"),
+        (lambda: Switch(D, E, jitter=float("nan")), "got nan"),
+        (lambda: Switch(D, E, input_dropout=1.5), "input_dropout must be in [0, 1); got 1.5"),
+        (lambda: Switch(D, E, sample=True, temperature=0), "temperature must be a finite number > 0; got 0"),
+        (lambda: Switch(D, E, temperature=2.0), "does nothing without sample=True: set it, or leave it out"),
+        (lambda: Switch(D, 0), "num_experts must be at least 1; got 0"),
+    ],
+)
+def test_bad_options_are_refused(make, says: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        make()
+    assert says in str(caught.value)
