@@ -181,11 +181,14 @@ class Attention(nn.Module):
         init_linear(self.out.weight, d_model)
 
     def forward(self, x: Float[Tensor, "B S D"], valid: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, "B S D"]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        width = x.shape[-1]
+        both, v = self.qkv(x).split((2 * width, width), dim=-1)
+        both = both.unflatten(-1, (2, self.num_heads, -1))
         if self.rotary:
-            # Both at once, and before the heads come first: less memory to walk through.
-            q, k = rotate(qkv[:, :, :2]).permute(2, 0, 3, 1, 4)
+            # Queries and keys at once, and before the heads come first: less memory to walk through.
+            both = rotate(both)
+        q, k = both.permute(2, 0, 3, 1, 4).unbind(0)
+        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         mask = None
         if valid is not None:
@@ -198,10 +201,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Float[Tensor, "B S 2 H W"], base: float = 10_000.0) -> Float[Tensor, "B S 2 H W"]:
-    """Each pair (i, i + W/2) of entries turned by ``position * base ** (-2 i / W)``, angles in float32."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[1], device=x.device, dtype=torch.float32).view(-1, 1, 1, 1) * frequency
+    """Each pair (i, i + W/2) of entries turned by ``position * base ** (-2 i / W)``, angles in float32 at least."""
+    half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = torch.arange(x.shape[1], device=x.device, dtype=dtype).view(-1, 1, 1, 1) * frequency
     cos, sin = angle.cos(), angle.sin()
     turned = x.roll(half, -1) * torch.cat([-sin, sin], -1).to(x.dtype)
     return torch.addcmul(turned, x, torch.cat([cos, cos], -1).to(x.dtype))

@@ -21,7 +21,13 @@ NET = partial(
 MOE = partial(MoELayer, router=partial(Switch, jitter=0.1), capacity=partial(Factor, train=1.25))
 TOP2 = partial(MoELayer, router=partial(TopK, k=2))
 
-DEFAULTS = {"val_check_interval": 7, "check_val_every_n_epoch": None, "gradient_clip_val": 1.0, "log_every_n_steps": 2}
+DEFAULTS = {
+    "enable_progress_bar": False,
+    "val_check_interval": 7,
+    "check_val_every_n_epoch": None,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 2,
+}
 
 
 def text_file(folder: Path, characters: int = 900) -> Path:
@@ -50,7 +56,6 @@ def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 4
         plugins=[AtomicCheckpointIO()],
         callbacks=[RandomState(), SaveLast(every), CleanStop(), SaveBest(), *callbacks],
         accelerator="cpu",
-        enable_progress_bar=False,
         enable_model_summary=False,
         **{**DEFAULTS, "max_steps": steps, **more},
     )

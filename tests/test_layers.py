@@ -11,7 +11,7 @@ from properties import EXACT, Case, run
 from torch import Tensor, nn
 
 from switchkit import CapacityPolicy, Dropless, Einsum, Factor, Mlp, MoELayer, Router, Sorted, Switch, TopK
-from switchkit.layers import Attention, Block, FeedForward
+from switchkit.layers import Attention, Block, FeedForward, rotate
 from switchkit.routing.base import token_choice
 
 
@@ -206,3 +206,29 @@ def test_dropout_of_a_block_is_for_training() -> None:
     x = torch.randn(2, 3, 8)
     assert torch.equal(block.eval()(x)[0], block(x)[0])
     assert not torch.equal(block.train()(x)[0], block(x)[0])
+
+
+def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
+    """Entries i and i + W/2 are one complex number; position p multiplies it by exp(1j * p * 10000 ** (-2 i / W))."""
+    x = torch.randn(2, 5, 2, 3, 8)
+    half = torch.complex(x[..., :4], x[..., 4:])
+    angle = torch.arange(5.0).view(-1, 1) * 10_000 ** (-2 * torch.arange(4.0) / 8)
+    turned = half * torch.exp(1j * angle).view(5, 1, 1, 4)
+    torch.testing.assert_close(rotate(x), torch.cat([turned.real, turned.imag], -1))
+
+
+def test_rotary_attention_knows_distances_only() -> None:
+    """The same tokens three places later attend to each other as before; with one position swapped they do not."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, rotary=True).double()
+    x = torch.randn(1, 7, 8, dtype=torch.float64)
+    later = torch.cat([torch.randn(1, 3, 8, dtype=torch.float64), x], 1)
+    valid = torch.tensor([[False] * 3 + [True] * 7])
+    oracle.assert_same({"y": attention(later, valid)[:, 3:]}, {"y": attention(x)}, EXACT)
+    swapped = x[:, [1, 0, 2, 3, 4, 5, 6]]
+    assert (attention(swapped)[:, 6] - attention(x)[:, 6]).abs().max() > 1e-4
+
+
+def test_rotary_positions_need_heads_of_even_width() -> None:
+    with pytest.raises(ValueError, match="heads of even width; got 3"):
+        Attention(6, 2, rotary=True)

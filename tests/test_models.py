@@ -138,10 +138,11 @@ def test_the_future_changes_nothing(moe: object, padded: bool) -> None:
         assert oracle.error(after[:, : t + 1], before[:, : t + 1]) <= EXACT
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("moe", [None, TIGHT], ids=["dropless", "tight"])
-def test_padding_left_or_right_changes_nothing(moe: object) -> None:
+def test_padding_left_or_right_changes_nothing(moe: object, positions: str) -> None:
     """Positions count real tokens, attention and experts see no others."""
-    model, tokens = decoder(moe=moe), ids(1, 6)
+    model, tokens = decoder(moe=moe, positions=positions), ids(1, 6)
     filler = torch.full((1, 4), 7)
     real = torch.ones(1, 6, dtype=torch.bool)
     right = model(torch.cat([tokens, filler], 1), torch.cat([real, ~real[:, :4]], 1))
@@ -229,6 +230,7 @@ def test_keys_of_the_state_are_frozen() -> None:
     """What checkpoints are made of: adding is fine, renaming is a new format version."""
     block = ["attention_norm.weight", "attention.qkv.weight", "attention.out.weight", "mlp_norm.weight"]
     dense, sparse = ["mlp.up.weight", "mlp.down.weight"], ["mlp.router.weight", "mlp.experts.w1", "mlp.experts.w2"]
-    expected = ["embed.weight", "position.weight"]
-    expected += [f"blocks.0.{key}" for key in block + dense] + [f"blocks.1.{key}" for key in block + sparse]
-    assert list(decoder(num_layers=2).state_dict()) == [*expected, "norm.weight"]
+    blocks = [f"blocks.0.{key}" for key in block + dense] + [f"blocks.1.{key}" for key in block + sparse]
+    assert list(decoder(num_layers=2).state_dict()) == ["embed.weight", *blocks, "norm.weight"]
+    learned = decoder(num_layers=2, positions="learned").state_dict()
+    assert list(learned) == ["embed.weight", "position.weight", *blocks, "norm.weight"]

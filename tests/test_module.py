@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
 
-from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, RouterZ, TopK
+from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TopK
 from switchkit.callbacks import SaveLast
 from switchkit.module import NonFiniteError
 from switchkit.optim import decay_groups, learning_rate
@@ -185,7 +185,7 @@ def test_learning_rate_in_closed_form() -> None:
 
 def test_generation_sees_the_context_only_and_repeats_with_its_seed(tmp_path: Path) -> None:
     model = module(data(tmp_path))
-    prompt = torch.randint(26, (20,))
+    prompt = torch.randint(model.tokenizer.vocab_size, (20,))
     draws = [list(model.generate(prompt, 12, generator=torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert model.training

@@ -84,7 +84,7 @@ class TrainingBar(ProgressBar):
         self._shown["val bits"] = f"{float(bits):.3f}"
         if trainer.state.fn == "fit" and self._enabled and not self._console.is_terminal:
             values = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-            self._console.print(f"step {trainer.global_step:>6}  {values}", highlight=False)
+            self._console.print(f"step {trainer.global_step:>6}  {values}", highlight=False, soft_wrap=True)
         self._update(trainer.global_step)
 
     def _evaluated(self, trainer: L.Trainer, batch_idx: int) -> None:

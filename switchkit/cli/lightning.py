@@ -97,7 +97,7 @@ class SwitchkitCLI(LightningCLI):
             "--keep_memory",
             type=bool,
             default=False,
-            help="Let glibc keep freed memory (mallopt): faster on a CPU where tensors are above 32 MB.",
+            help="Let glibc keep freed memory instead of mapping it anew (mallopt); elsewhere it does nothing.",
         )
         parser.link_arguments(
             "data",
@@ -130,8 +130,8 @@ class SwitchkitCLI(LightningCLI):
         sys.stdout.write(self._parser(self.command).dump(self.settings, **options))
 
     def instantiate_classes(self) -> None:
-        if self.settings.keep_memory and not keep_memory():
-            raise UserError("keep_memory: there is no glibc here; leave it out")
+        if self.settings.keep_memory:
+            keep_memory()
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -185,7 +185,7 @@ class SwitchkitCLI(LightningCLI):
 def _quiet(command: str) -> None:
     """Drop advertisements, and warnings that a user of the command line can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith("💡 Tip")
+        lambda record: not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available"))
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     if command != "fit":

@@ -50,7 +50,8 @@ def describe(cli: Any) -> None:
     out = console()
     if (box := fallback_box(info)) is not None:
         out.print(box)
-    rows = [*source_rows(info), *twin_rows(_net(cli.model), _context(cli))]
+    device = ("device", device_name(cli.trainer.strategy.root_device))
+    rows = [*source_rows(info), device, *twin_rows(_net(cli.model), _context(cli))]
     out.print(model_table(_net(cli.model), _context(cli), rows))
 
 
@@ -88,7 +89,7 @@ def closing(cli: Any) -> None:
         for line in (
             f"switchkit generate --ckpt_path {shown} --prompt 'ROMEO:' --max_new_tokens 200",
             f"switchkit test --ckpt_path {shown}",
-            f"switchkit fit --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
+            f"switchkit fit{_config(trainer)} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)
     if module.tokenizer is not None:
@@ -140,6 +141,12 @@ def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
     """The file that the first callback of a kind saved, if it is still there."""
     path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
     return path if path is not None and path.is_file() else None
+
+
+def _config(trainer: Any) -> str:
+    """The option that names the saved settings of a run."""
+    path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
+    return f" --config {path}" if path.is_file() else ""
 
 
 def _speed(cli: Any, wall: float) -> float | None:

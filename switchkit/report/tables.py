@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import platform
 from collections.abc import Iterable
@@ -91,7 +92,7 @@ def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def source_rows(info: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [("data", f"{info['description']} ({info['characters']:,} characters)")] if info else []
+    return [("data", str(info["description"]))] if info else []
 
 
 def fallback_box(info: dict[str, Any] | None) -> Panel | None:
@@ -147,5 +148,9 @@ def _group(layer: MoELayer) -> str:
 
 
 def _options(part: object) -> str:
-    shown = {name: value for name, value in vars(part).items() if not name.startswith("_")}
-    return f" ({', '.join(f'{name} {value}' for name, value in shown.items())})" if shown else ""
+    """The two factors or numbers of a capacity policy, and what else differs from its defaults."""
+    usual = {name: p.default for name, p in inspect.signature(type(part)).parameters.items()}
+    values = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    shown = {n: v for n, v in values.items() if n in ("train", "eval") or v != usual.get(n)}
+    words = (f"{name} {'dropless' if value is None else value}" for name, value in shown.items())
+    return f" ({', '.join(words)})" if shown else ""
