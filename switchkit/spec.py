@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -86,6 +87,8 @@ def find_class(path: str) -> type:
     Raises:
         ValueError: it is not, or it is no part, model, data module or optimizer.
     """
+    # What is built in is always there; this imports nothing that the file chose.
+    importlib.import_module("switchkit.module")
     cls = resolve(path)
     if cls is None:
         module = path.rpartition(".")[0] or path

@@ -153,3 +153,10 @@ def test_last_without_any_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"half")
     with pytest.raises(ValueError, match="1 damaged"):
         checkpoints.last(tmp_path)
+
+
+def test_a_fresh_process_reads_a_checkpoint_of_built_in_parts(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", model={"class_path": "switchkit.module.LanguageModule", "init_args": {}})
+    code = "import sys; from switchkit.checkpoints import read_settings; print(read_settings(sys.argv[1])['step'])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "3", done.stderr

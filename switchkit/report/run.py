@@ -89,7 +89,8 @@ def closing(cli: Any) -> None:
         for line in (
             f"switchkit generate --ckpt_path {shown} --prompt 'ROMEO:' --max_new_tokens 200",
             f"switchkit test --ckpt_path {shown}",
-            f"switchkit fit{_config(trainer)} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
+            f"switchkit fit{_config(trainer)} --ckpt_path {last or shown} "
+            f"--trainer.max_steps {2 * trainer.global_step}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)
     if module.tokenizer is not None:
