@@ -631,7 +631,8 @@ def routing_is_float32(case: Case) -> None:
     assert r.logits.dtype == r.probs.dtype == r.weight.dtype == torch.float32
     if hasattr(half.router, "weight"):
         real = x.float() * valid.unsqueeze(-1)
-        assert torch.equal(r.logits, F.linear(real, half.router.weight.float()))
+        # In float32 only the order of the sum is open; products in bfloat16 would be off by 1e-3.
+        assert oracle.error(r.logits, F.linear(real, half.router.weight.float())) <= 1e-6
     for name, grad in oracle.gradients(y.float().sum() + Balance()([r]), x=x, **dict(half.named_parameters())).items():
         assert grad.dtype == torch.bfloat16
         assert grad.isfinite().all(), name

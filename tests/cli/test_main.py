@@ -116,9 +116,11 @@ class SIGTERMException(SystemExit):
 def test_a_run_that_was_stopped_says_how_to_go_on(fails, run):
     from switchkit.callbacks import Stopped
 
-    fails(Stopped(15, 7, "runs/last.ckpt"))
-    line = "switchkit: stopped by SIGTERM after step 7; go on with --ckpt_path runs/last.ckpt\n"
+    fails(Stopped(15, 7, Path("runs/last.ckpt")))
+    line = "switchkit: stopped by SIGTERM after step 7; go on with: switchkit fit --ckpt_path runs/last.ckpt\n"
     assert run("bench") == (143, "", line)
+    fails(Stopped(2, 0, None))
+    assert run("bench") == (130, "", "switchkit: stopped by SIGINT after step 0; there was nothing to save yet\n")
 
 
 def _exit_in_interrupt():
