@@ -32,7 +32,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self._settling: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or another process, has nothing to wait for and makes a thread of its own.
+        return {**self.__dict__, "_settling": None, "_thread": None}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         self.wait()
@@ -45,6 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._settling = self._thread.submit(_settle, temporary, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:

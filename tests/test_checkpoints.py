@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -62,6 +64,17 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
     child.wait()
     child.stdout.close()
     assert checkpoints.intact(path)
+
+
+def test_copies_save_by_themselves(tmp_path: Path) -> None:
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"state_dict": {}, "switchkit": {"format_version": 1}}, tmp_path / "a.ckpt")
+    for again in (copy.deepcopy(files), pickle.loads(pickle.dumps(files))):
+        again.save_checkpoint({"state_dict": {}, "switchkit": {"format_version": 1}}, tmp_path / "b.ckpt")
+        again.wait()
+        assert checkpoints.intact(tmp_path / "b.ckpt")
+    files.wait()
+    assert checkpoints.intact(tmp_path / "a.ckpt")
 
 
 def test_an_error_while_settling_is_raised_at_the_next_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
