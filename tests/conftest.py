@@ -23,14 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """One thread for fixtures of every scope: another number adds in another order, and bits differ."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
-    """The same random numbers for a test wherever it stands, and no thread beside it."""
-    threads = torch.get_num_threads()
+def _same_start() -> None:
+    """The same random numbers for a test wherever it stands."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=DEVICES)
