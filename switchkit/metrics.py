@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["RoutingMetrics", "TokenLoss"]
+from switchkit import stats
+from switchkit.records import Routing
+
+__all__ = ["RoutingMetrics", "TokenLoss", "cross_entropy", "step_stats"]
 
 
 class RoutingMetrics(Metric):
@@ -67,3 +71,32 @@ class TokenLoss(Metric):
     def compute(self) -> dict[str, Tensor]:
         loss = self.total / self.tokens.clamp(min=1)
         return {"loss": loss, "bits": loss / math.log(2), "perplexity": loss.exp()}
+
+
+def cross_entropy(
+    logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], valid: Tensor | None
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Sum over the real targets, in float32, and their number."""
+    if valid is not None:
+        targets = targets.masked_fill(~valid, -100)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def step_stats(routings: tuple[Routing, ...], loss: Tensor | None = None) -> dict[str, Tensor]:
+    """What callbacks get of a step: `load` [L, E], `dropped` [L] and `bad_tokens` [L], detached."""
+    if not routings:
+        empty = torch.zeros(0, dtype=torch.long, device=None if loss is None else loss.device)
+        return {"load": empty.view(0, 0), "dropped": empty, "bad_tokens": empty}
+    with torch.no_grad():
+        return {
+            "load": _stack([stats.load(r) for r in routings]),
+            "dropped": torch.stack([stats.dropped(r) for r in routings]),
+            "bad_tokens": torch.stack([stats.bad_tokens(r) for r in routings]),
+        }
+
+
+def _stack(loads: list[Tensor]) -> Tensor:
+    """[L, E], filled up with zeros where layers have fewer experts."""
+    width = max(len(load) for load in loads)
+    return torch.stack([F.pad(load, (0, width - len(load))) for load in loads])

@@ -15,15 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import switchkit
-from switchkit import checkpoints, stats
+from switchkit import checkpoints
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
-from switchkit.metrics import RoutingMetrics, TokenLoss
+from switchkit.metrics import RoutingMetrics, TokenLoss, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory
 from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
-from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.sampling import sample
 from switchkit.spec import build, describe, describe_object
@@ -301,32 +300,3 @@ class LanguageModule(L.LightningModule):
         module.load_state_dict(content["state_dict"])
         module.on_load_checkpoint(content)
         return module.to(map_location)
-
-
-def cross_entropy(
-    logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], valid: Tensor | None
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Sum over the real targets, in float32, and their number."""
-    if valid is not None:
-        targets = targets.masked_fill(~valid, -100)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total, (targets != -100).sum()
-
-
-def step_stats(routings: tuple[Routing, ...], loss: Tensor | None = None) -> dict[str, Tensor]:
-    """What callbacks get of a step: `load` [L, E], `dropped` [L] and `bad_tokens` [L], detached."""
-    if not routings:
-        empty = torch.zeros(0, dtype=torch.long, device=None if loss is None else loss.device)
-        return {"load": empty.view(0, 0), "dropped": empty, "bad_tokens": empty}
-    with torch.no_grad():
-        return {
-            "load": _stack([stats.load(r) for r in routings]),
-            "dropped": torch.stack([stats.dropped(r) for r in routings]),
-            "bad_tokens": torch.stack([stats.bad_tokens(r) for r in routings]),
-        }
-
-
-def _stack(loads: list[Tensor]) -> Tensor:
-    """[L, E], filled up with zeros where layers have fewer experts."""
-    width = max(len(load) for load in loads)
-    return torch.stack([F.pad(load, (0, width - len(load))) for load in loads])

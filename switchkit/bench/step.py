@@ -18,7 +18,8 @@ from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.recipes import find_config
 from switchkit.layers import MoELayer
-from switchkit.module import LanguageModule, cross_entropy
+from switchkit.metrics import cross_entropy
+from switchkit.module import LanguageModule
 from switchkit.report.counts import count
 
 __all__ = ["Bare", "measure", "read", "twin_of"]

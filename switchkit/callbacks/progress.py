@@ -80,8 +80,8 @@ class TrainingBar(ProgressBar):
         bits = trainer.callback_metrics.get("val/bits")
         if trainer.sanity_checking or bits is None:
             return
-        self._shown = {"loss": self._shown.get("loss", "-"), "val bits": f"{float(bits):.3f}", **self._shown}
-        self._shown["val bits"] = f"{float(bits):.3f}"
+        # The loss first, then the bits, then whatever else the bar showed.
+        self._shown = {"loss": "-", "val bits": "", **self._shown} | {"val bits": f"{float(bits):.3f}"}
         if trainer.state.fn == "fit" and self._enabled and not self._console.is_terminal:
             values = "  ".join(f"{name} {value}" for name, value in self._shown.items())
             self._console.print(f"step {trainer.global_step:>6}  {values}", highlight=False, soft_wrap=True)
