@@ -275,6 +275,16 @@ def test_everyone_runs_in_every_round() -> None:
     assert len({tuple(each) for each in rounds}) > 1
 
 
+def test_a_warm_contestant_runs_untimed_right_before_its_time() -> None:
+    calls: list[str] = []
+    runs: dict[str, Callable[[], object]] = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = timing.interleave(runs, timing.CpuClock(), rounds=2, warm=True)
+    timed = calls[2 * min(timing.WARM_UP, 2) :]
+    assert len(found["a"].seconds) == 2
+    assert timed[::2] == timed[1::2]
+    assert sorted(timed) == ["a"] * 4 + ["b"] * 4
+
+
 def test_ratio_of_medians() -> None:
     ours, base = timing.Timing((2.0, 4.0, 90.0), ()), timing.Timing((2.0, 2.0, 2.0), ())
     assert timing.ratios(ours, base)[0] == 2

@@ -47,7 +47,7 @@ def measure(shape: Shape, setup: Setup) -> dict[str, Any]:
         runs[contestant.name] = run
     matmul, matmul_flops = ceiling(device, dtype)
     clock = clock_of(device)
-    timings = interleave(runs, clock, setup.rounds)
+    timings = interleave(runs, clock, setup.rounds, warm=True)
     # Apart, for it would leave the caches of a CPU to nobody.
     best = interleave({"matmul": matmul}, clock, len(timings["dense"].seconds))["matmul"]
     rate = matmul_flops / best.median

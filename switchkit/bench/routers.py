@@ -46,7 +46,7 @@ def routing(shape: Shape, setup: Setup) -> dict[str, Any]:
                 notes[name] = str(error).partition("\n")[0]
                 continue
             runs[name] = run
-        timings = interleave(runs, clock_of(device), setup.rounds)
+        timings = interleave(runs, clock_of(device), setup.rounds, warm=True)
     rows = []
     for name, timing in timings.items():
         ratio, low, high = ratios(timing, timings["dense"])

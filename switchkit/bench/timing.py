@@ -82,11 +82,13 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], clock: Clock, rounds: int | None = None
+    contestants: Mapping[str, Callable[[], object]], clock: Clock, rounds: int | None = None, *, warm: bool = False
 ) -> dict[str, Timing]:
     """Every contestant once per round, each round in another order; untimed rounds come first.
 
-    `rounds` None: 25 at least, and more until three seconds have gone by, so that short ones get more rounds.
+    `rounds` None: 25 at least, and more until three seconds have gone by, so that short ones get more rounds. `warm`
+    runs a contestant once more, untimed, before each time: what the one before it drove out of the caches is not its
+    own cost.
     """
     names = list(contestants)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -98,6 +100,8 @@ def interleave(
         started, done = time.perf_counter(), 0
         while _go_on(done, rounds, time.perf_counter() - started):
             for name in order.sample(names, len(names)):
+                if warm:
+                    contestants[name]()
                 found[name].append(clock.time(contestants[name]))
             done += 1
     return {n: Timing(tuple(s for s, _ in pairs), tuple(h for _, h in pairs)) for n, pairs in found.items()}
