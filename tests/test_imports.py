@@ -30,6 +30,7 @@ ROWS = [
         "generation",
         "strategies",
         "convert",
+        "distill",
     ],
     ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
 ]
