@@ -27,6 +27,7 @@ COMMANDS = {
     "import-hf": ("interop", "make a checkpoint of a model of Hugging Face's transformers"),
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
+    "distill-report": ("distill_report", "say how much of a mixture's gain its distilled students keep"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
     "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),
     "selftest": ("selftest", "hold every part, your own included, to the properties of the tests"),
