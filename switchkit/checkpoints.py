@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from switchkit.spec import find_class
 
-__all__ = ["FORMAT_VERSION", "AtomicCheckpointIO", "intact", "last", "read", "read_settings"]
+__all__ = ["FORMAT_VERSION", "AtomicCheckpointIO", "check_classes", "intact", "last", "read", "read_settings"]
 
 FORMAT_VERSION = 1
 """Of what switchkit adds to a checkpoint; a file of a later version is refused."""
@@ -123,9 +123,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     content = read(path)
     ours = content["switchkit"]
-    for part in (ours["model"], ours.get("data"), ours.get("resume")):
-        for name in _class_paths(part):
-            find_class(name)
+    check_classes(ours["model"], ours.get("data"), ours.get("resume"))
     return {
         "model": ours["model"],
         "data": ours.get("data"),
@@ -133,6 +131,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         "resume": ours.get("resume"),
         "step": content.get("global_step", 0),
     }
+
+
+def check_classes(*described: Any) -> None:
+    """Raises ValueError for the first class that some descriptions name and that is not imported, or is no part."""
+    for part in described:
+        for name in _class_paths(part):
+            find_class(name)
 
 
 def intact(path: str | os.PathLike[str]) -> bool:

@@ -43,7 +43,12 @@ def teacher_of(tree: Mapping[str, Any], sources: Sequence[Source]) -> Path:
 
 
 def teacher_settings(path: Path) -> tuple[Source, Any]:
-    """The data of the teacher's checkpoint, where it has any, and its tokenizer."""
+    """The data of the teacher's checkpoint, or of the folder that holds its words, and its tokenizer."""
+    from switchkit.distill.stored import StoredIndex, is_stored
+
+    if is_stored(path):
+        index = StoredIndex.read(path)
+        return Source({"data": dict(index.data)}, str(path)), (index.model.get("init_args") or {}).get("tokenizer")
     found, tokenizer = read_checkpoint(path)
     data = found.values.get("data")
     return Source({"data": data} if data else {}, found.label), tokenizer

@@ -56,7 +56,8 @@ class EncodedPairs:
         return len(self.line)
 
     def batch(self, index: Int[Tensor, "B"]) -> dict[str, Tensor]:
-        """Pairs as a batch: `source` and `source_valid` [B, S]; `tokens`, `targets` and `valid` [B, T]; `language` [B].
+        """Pairs as a batch: `source` and `source_valid` [B, S]; `tokens`, `targets` and `valid` [B, T]; `language` and
+        `example`, the pair's number [B].
 
         A source is prefix, sentence, end; targets are sentence, end; tokens are the start, then the targets but the
         last one.
@@ -73,6 +74,7 @@ class EncodedPairs:
             "targets": pad_sequence(targets, True, pad),
             "valid": _valid(targets),
             "language": self.language[index],
+            "example": index,
         }
 
 

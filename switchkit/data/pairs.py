@@ -178,6 +178,10 @@ class PairData(ResumableData):
             world_size=world_size,
         )
 
+    def examples(self) -> EncodedPairs:
+        """What training reads, by number."""
+        return self.pairs("train")
+
     def evaluation_loader(self, prefix: int | None) -> PairsInOrder:
         return PairsInOrder(self.pairs("val"), self.eval_batch_size, prefix)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from switchkit.data.base import require_positive
 from switchkit.data.corpus import CorpusData
-from switchkit.data.loader import InOrder, RandomWindows
+from switchkit.data.loader import AlignedWindows, InOrder, RandomWindows, Windows
 from switchkit.data.tokenizers import Tokenizer
 
 __all__ = ["TextData"]
@@ -22,6 +22,8 @@ class TextData(CorpusData):
         path: A UTF-8 text file, or a folder that `switchkit prepare` wrote, which is read from disk and has its own
             vocabulary; without one Tiny Shakespeare, from SWITCHKIT_DATA, the cache or the net.
         context: Tokens of a window.
+        stride: Train on windows that begin at multiples of it, each once in an epoch, as logits that a teacher wrote
+            down beforehand need; null: on windows that begin anywhere.
         batch_size: Windows of a training batch, on each device.
         eval_batch_size: Windows of a batch in evaluation.
         validation_prefix: Tokens of the held-out text (characters, unless a tokenizer is given) that validation reads
@@ -39,6 +41,7 @@ class TextData(CorpusData):
         path: str | None = None,
         *,
         context: int = 128,
+        stride: int | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
         validation_prefix: int | None = 32768,
@@ -46,7 +49,7 @@ class TextData(CorpusData):
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        require_positive(context=context)
+        require_positive(context=context, stride=1 if stride is None else stride)
         super().__init__(
             path,
             batch_size=batch_size,
@@ -57,14 +60,26 @@ class TextData(CorpusData):
             tokenizer=tokenizer,
         )
         self.context = context
+        self.stride = stride
 
     def needs(self) -> tuple[str, int, int]:
         return "context", self.context, self.context + 1
 
-    def train_loader(self, *, rank: int, world_size: int) -> RandomWindows:
-        return RandomWindows(
-            self.train_tokens, self.context, self.batch_size, seed=self.seed, rank=rank, world_size=world_size
-        )
+    def train_loader(self, *, rank: int, world_size: int) -> RandomWindows | AlignedWindows:
+        given = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        if self.stride is None:
+            return RandomWindows(self.train_tokens, self.context, self.batch_size, **given)
+        return AlignedWindows(self.train_tokens, self.context, self.batch_size, stride=self.stride, **given)
+
+    def examples(self) -> Windows:
+        """What training reads, by number.
+
+        Raises:
+            ValueError: its windows begin anywhere.
+        """
+        if self.stride is None:
+            raise ValueError(f"windows that begin anywhere have no numbers: set data.stride, such as {self.context}")
+        return Windows(self.train_tokens, self.context, self.stride)
 
     def evaluation_loader(self, prefix: int | None) -> InOrder:
         tokens = self.held_out_tokens

@@ -11,9 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.distill.agreement import (
+    FAMILIES,
+    check_stored,
+    check_vocabulary,
+    family,
+    short_path,
+    twin_of,
+)
 from switchkit.distill.evaluation import evaluate
-from switchkit.distill.loss import distillation_loss
+from switchkit.distill.loss import Distilled, TopK, distillation_loss
 from switchkit.distill.matching import Matching
+from switchkit.distill.stored import StoredTeacher, is_stored
 from switchkit.distill.student import Inherited, Init, inherit, merge_experts
 from switchkit.distill.teacher import Precision, Teacher, open_teacher
 from switchkit.layers import MoEFactory
@@ -23,7 +32,6 @@ from switchkit.module import LanguageModule
 from switchkit.optim import OptimizerFactory
 from switchkit.registry import full_path
 from switchkit.spec import build, describe
-from switchkit.twins import dense_spec
 
 __all__ = ["DistillModule"]
 
@@ -40,7 +48,8 @@ class DistillModule(LanguageModule):
 
     Args:
         net: builds the student; null: the teacher's dense twin of equal FLOPs per token.
-        teacher: a checkpoint of any switchkit model, or in code a `LanguageModule`, whose model is copied.
+        teacher: a checkpoint of any switchkit model; a folder that ``switchkit prepare --teacher`` wrote, which takes
+            the model's place; or in code a `LanguageModule`, which is copied.
         alpha: share of the teacher's part of the loss; 0.25 is the paper's. 0 is plain training, which asks no teacher.
         temperature: T, of both distributions in the divergence.
         init: how the student begins: "fresh"; "non_expert", with the teacher's weights outside sparse layers, as in the
@@ -102,14 +111,19 @@ class DistillModule(LanguageModule):
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}; got {init!r}")
         if init_batches < 1:
             raise ValueError(f"init_batches must be at least 1; got {init_batches}")
-        asked = open_teacher(teacher, teacher_precision)
+        asked: Teacher | StoredTeacher
+        if isinstance(teacher, (str, Path)) and is_stored(teacher):
+            asked = StoredTeacher(teacher)
+            check_stored(asked, temperature, init, hidden_weight or attention_weight)
+        else:
+            asked = open_teacher(teacher, teacher_precision)
         before = build(asked.spec).keywords
         given = tokenizer() if callable(tokenizer) else tokenizer
-        _same_vocabulary(given, asked)
+        check_vocabulary(given, asked)
         size = asked.vocab_size if vocab_size is None else vocab_size
         if size != asked.vocab_size:
             raise ValueError(f"vocab_size {size}: the teacher's logits have {asked.vocab_size} symbols; leave it out")
-        own = net if net is not None else _twin(asked, size)
+        own = net if net is not None else twin_of(asked, size)
         super().__init__(
             own,
             moe=moe,
@@ -121,10 +135,11 @@ class DistillModule(LanguageModule):
             tokenizer=given if given is not None else asked.tokenizer,
             vocab_size=size,
         )
-        if (mine := _family(self.net)) != (other := _family(asked.net)):
+        shape = asked.net
+        if (mine := family(self.net)) != (other := family(shape)):
             raise ValueError(
-                f"the teacher is {_A[other]} and the student {_A[mine]}: they read different batches. Leave net out "
-                "for the teacher's dense twin, or give one of its family"
+                f"the teacher is {FAMILIES[other]} and the student {FAMILIES[mine]}: they read different "
+                "batches. Leave net out for the teacher's dense twin, or give one of its family"
             )
         self.alpha, self.temperature, self.init, self.init_batches = alpha, temperature, init, init_batches
         options = {
@@ -133,10 +148,10 @@ class DistillModule(LanguageModule):
             "attention_weight": attention_weight,
             "relation_heads": relation_heads,
         }
-        self.matching = Matching(self.net, asked.net, **options)  # type: ignore[arg-type]
+        self.matching = Matching(self.net, shape, **options)  # type: ignore[arg-type]
         # In a tuple, where no hook of torch or Lightning finds it.
         self._asked = (asked,)
-        self.inherited = inherit(self.net, asked.net) if init != "fresh" else Inherited()
+        self.inherited = inherit(self.net, asked.outside()) if init != "fresh" else Inherited()
         self._begun = init in ("fresh", "non_expert")
         own_options = {"alpha": alpha, "temperature": temperature, "init": init, "init_batches": init_batches}
         self.resume_spec = {
@@ -150,8 +165,8 @@ class DistillModule(LanguageModule):
         self.spec = {**self.spec, "class_path": full_path(LanguageModule)}
 
     @property
-    def teacher(self) -> Teacher:
-        """The model that is asked."""
+    def teacher(self) -> Teacher | StoredTeacher:
+        """The model that is asked, or what it said."""
         return self._asked[0]
 
     # -- how it begins -------------------------------------------------------------------------------------------
@@ -177,6 +192,7 @@ class DistillModule(LanguageModule):
         Raises:
             ValueError: `init` makes nothing of experts, or the experts cannot be merged into the student's layers.
         """
+        assert isinstance(self.teacher, Teacher)
         self.inherited = merge_experts(self.net, self.teacher.module, self.init, batches, self.inherited)
         self._begun = True
 
@@ -192,7 +208,7 @@ class DistillModule(LanguageModule):
         return super()._run(batch)
 
     def _check_kind(self, batch: Mapping[str, Tensor]) -> None:
-        own = _family(self.net)
+        own = family(self.net)
         if ("source" in batch) != (own == "encoder_decoder"):
             raise ValueError(
                 f"the teacher and the student are {own.replace('_', '-')}s, and the data are for the other kind of "
@@ -203,18 +219,24 @@ class DistillModule(LanguageModule):
         if not self.alpha and not self.matching.active:
             return super()._learn(batch)
         self._check_kind(batch)
-        ours, theirs = self.matching.watch(self.net, self.teacher.net)
+        teacher = self.teacher
+        if isinstance(teacher, StoredTeacher):
+            out = self._run(batch)
+            found = self._compared(out.logits, teacher.lookup(batch), batch)
+            return out, found.loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence}
+        ours, theirs = self.matching.watch(self.net, teacher.net)
         with theirs as within:
-            told = self.teacher(batch)
+            logits = teacher(batch).logits
         with ours as seen:
             out = self._run(batch)
-        targets, valid = batch["targets"], batch.get("valid")
-        found = distillation_loss(
-            out.logits, told.logits, targets, valid, alpha=self.alpha, temperature=self.temperature
-        )
+        found = self._compared(out.logits, logits, batch)
         terms = self.matching(seen, within, batch)
         loss = found.loss + self.matching.weighted(terms)
         return out, loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+
+    def _compared(self, logits: Tensor, teacher: Tensor | TopK, batch: Mapping[str, Tensor]) -> Distilled:
+        options = {"alpha": self.alpha, "temperature": self.temperature}
+        return distillation_loss(logits, teacher, batch["targets"], batch.get("valid"), **options)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -243,7 +265,7 @@ class DistillModule(LanguageModule):
     def opening_rows(self) -> list[tuple[str, str]]:
         """For the table before training."""
         about = self.teacher.about
-        where = "a module" if about["path"] is None else _short(about["path"])
+        where = "a module" if about["path"] is None else short_path(about["path"])
         rows = [("teacher", f"{where}, step {about['step']:,}, {self.teacher.parameters:,} parameters")]
         begin = str(self.inherited) if self.inherited.copied else "fresh"
         later = "" if self._begun else f"; those in place of mixtures become the experts' {self.init}"
@@ -253,55 +275,14 @@ class DistillModule(LanguageModule):
 
     def closing_rows(self, data: L.LightningDataModule, loss: float) -> list[tuple[str, str]]:
         """For the table after it: the teacher on the same held-out text, and the compression."""
+        own, other = sum(parameter.numel() for parameter in self.net.parameters()), self.teacher.parameters
+        smaller = ("compression", f"{own:,} parameters of {other:,}: {1 - own / other:.1%} less")
+        if isinstance(self.teacher, StoredTeacher):
+            return [smaller]
         self.teacher.to(self.device)
         found = evaluate(self.teacher.net, data.val_dataloader())
-        own = sum(parameter.numel() for parameter in self.net.parameters())
         return [
             ("teacher", f"{found.loss:.4f} nats per token; the student is {abs(loss - found.loss):.4f} "
              f"{'above' if loss > found.loss else 'below'} it"),
-            ("compression", f"{own:,} parameters of {found.parameters:,}: {1 - own / found.parameters:.1%} less"),
+            smaller,
         ]  # fmt: skip
-
-
-_A = {"decoder": "a decoder", "encoder_decoder": "an encoder-decoder"}
-
-
-def _family(net: Any) -> str:
-    return "encoder_decoder" if hasattr(net, "start_id") else "decoder"
-
-
-def _short(path: str) -> str:
-    """Below the working directory, without it."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
-
-
-def _same_vocabulary(given: Tokenizer | None, teacher: Teacher) -> None:
-    if given is None or teacher.tokenizer is None:
-        if given is not None and given.vocab_size > teacher.vocab_size:
-            raise ValueError(
-                f"the data's vocabulary has {given.vocab_size} symbols, the teacher's logits {teacher.vocab_size}: "
-                "distil on data of the teacher's vocabulary"
-            )
-        return
-    if given != teacher.tokenizer:
-        raise ValueError(
-            f"the teacher reads another vocabulary ({_told(teacher.tokenizer)}) than the data have ({_told(given)}), "
-            "so its distribution is over other symbols: leave data.tokenizer out, or give data written with the "
-            "teacher's"
-        )
-
-
-def _told(tokenizer: Tokenizer) -> str:
-    return f"{type(tokenizer).__name__} of {tokenizer.vocab_size} symbols"
-
-
-def _twin(teacher: Teacher, vocab_size: int) -> NetFactory:
-    try:
-        spec = dense_spec(teacher.spec, vocab_size=vocab_size)
-    except ValueError as error:
-        raise ValueError(f"no student follows from this teacher by itself ({error}); give net") from error
-    factory: NetFactory = build(spec["init_args"]["net"])
-    return factory

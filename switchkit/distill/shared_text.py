@@ -79,22 +79,37 @@ def check_alike(opened: Sequence[Opened], *, same_text: bool) -> None:
             )
 
 
-def data_of(opened: Opened, text: str | None = None) -> ResumableData:
-    """The data module of a checkpoint, ready to evaluate; on another text where one is named.
+def data_of(
+    opened: Opened,
+    text: str | None = None,
+    option: str = "--text",
+    *,
+    stage: str = "validate",
+    stride: int | None = None,
+) -> ResumableData:
+    """The data module of a checkpoint, set up; on another text where one is named.
+
+    Args:
+        opened: whose data.
+        text: instead of its own; null: its own.
+        option: what an error calls the one that names the text.
+        stage: what it is set up for.
+        stride: of windows that begin at multiples of it; null: of one as long as the context, for "fit", where the
+            data are windows.
 
     Raises:
         ValueError: it has none, or none that reads one text.
     """
     if opened.data is None:
         if text is None:
-            raise ValueError(f"{opened.path} does not say what it was trained on: name the text by --text")
+            raise ValueError(f"{opened.path} does not say what it was trained on: name a text ({option})")
         data: Any = TextData(text, tokenizer=opened.tokenizer)
     else:
         factory = build(opened.data)
         arguments = dict(factory.keywords)
         if text is not None:
             if "path" not in arguments:
-                raise ValueError(f"--text {text}: {factory.func.__name__} reads no single text; leave --text out")
+                raise ValueError(f"{text}: the data of {opened.path}, {factory.func.__name__}, are no single text")
             arguments["path"] = text
         tokenizer = arguments.get("tokenizer")
         arguments["tokenizer"] = tokenizer() if isinstance(tokenizer, partial) else tokenizer
@@ -103,8 +118,14 @@ def data_of(opened: Opened, text: str | None = None) -> ResumableData:
         raise ValueError(
             f"{opened.path}: {type(data).__name__} is no data module of switchkit, and says not what is held out"
         )
+    if isinstance(data, TextData):
+        data.stride = stride or data.stride or (data.context if stage == "fit" else None)
+    elif stride is not None:
+        raise ValueError(
+            f"--stride {stride}: the data of {opened.path}, {type(data).__name__}, are no windows of a text"
+        )
     data.prepare_data()
-    data.setup("validate")
+    data.setup(stage)
     return data
 
 

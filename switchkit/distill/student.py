@@ -14,7 +14,7 @@ from switchkit.convert.merging import How, feed_forward_of
 from switchkit.layers import MoELayer
 from switchkit.module import LanguageModule
 
-__all__ = ["Inherited", "Init", "inherit", "merge_experts"]
+__all__ = ["Inherited", "Init", "inherit", "merge_experts", "outside"]
 
 Init = Literal["fresh", "non_expert", "mean", "usage", "most_used", "aligned"]
 
@@ -41,17 +41,20 @@ class Inherited:
 
 
 @torch.no_grad()
-def inherit(student: nn.Module, teacher: nn.Module) -> Inherited:
+def inherit(student: nn.Module, theirs: Mapping[str, Tensor]) -> Inherited:
     """Copy the teacher's non-expert weights into `student`: all names and shapes that both have outside sparse layers.
+
+    Args:
+        student: changed in place.
+        theirs: the teacher's, see `outside`.
 
     Source: arXiv 2101.03961, section 4.2, "initializing with the non-expert weights of the teacher".
     """
-    theirs = _outside(teacher)
     copied, fresh, reshaped = [], [], []
     own = student.state_dict(keep_vars=True)
-    outside = _outside(student)
+    ours = outside(student)
     for name, value in own.items():
-        if name not in outside or name not in theirs:
+        if name not in ours or name not in theirs:
             fresh.append(name)
         elif theirs[name].shape != value.shape:
             fresh.append(name)
@@ -112,8 +115,8 @@ def _module(net: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _outside(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights outside sparse layers."""
+def outside(net: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights outside sparse layers."""
     sparse = tuple(f"{name}." for name, part in net.named_modules() if isinstance(part, MoELayer))
     return {name: value for name, value in net.state_dict().items() if not name.startswith(sparse)}
 

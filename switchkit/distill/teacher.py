@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from switchkit import checkpoints
 from switchkit.capacity.policies import Dropless
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.distill.student import outside
 from switchkit.layers import MoELayer
 from switchkit.models import Output
 from switchkit.module import LanguageModule
@@ -65,6 +66,10 @@ class Teacher:
         with torch.no_grad():
             output: Output = self.net(batch["tokens"], batch.get("valid"), **source)
         return output
+
+    def outside(self) -> dict[str, Tensor]:
+        """Its weights outside sparse layers."""
+        return outside(self.net)
 
     def to(self, device: torch.device) -> None:
         if self.module.device != device:

@@ -165,6 +165,58 @@ def test_pairs(folder, run):
     assert "compression" in out
 
 
+# -- prepare --teacher -------------------------------------------------------------------------------------------------
+
+
+def test_words_of_a_teacher(taught, run):
+    """Written of its own data, and learned from where the checkpoint is gone, in the windows that were asked about."""
+    code, _, err = run("prepare", "--teacher", str(taught), "--out", "words", "--k", "5", "--device", "cpu")
+    assert code == 0, err
+    assert "5 of 29 symbols for each of" in err
+    Path(taught).unlink()
+    cli = build(["-c", "distill", "--model.teacher", "words"])
+    assert cli.datamodule.stride == 16
+    code, out, err = run("fit", "-c", "distill", "--model.teacher", "words", *SHORT)
+    assert code == 0, err
+    assert "compression" in out
+    path = checkpoints.last(Path("runs"))
+    shutil.move("words", "other")
+    code, out, err = run("validate", "--ckpt_path", str(path), "--trainer.accelerator", "cpu")
+    assert code == 0, err
+    more = ["--trainer.max_steps", "6"]
+    code, _, err = run("fit", "--ckpt_path", str(path), "--model.teacher", "other", *SHORT, *more)
+    assert code == 0, err
+
+
+def test_words_on_another_text(taught, run):
+    Path("other.txt").write_text("the lazy dog.\n" * 100)
+    code, _, err = run("prepare", "other.txt", "--teacher", str(taught), "--out", "words", "--stride", "4")
+    assert code == 0, err
+    cli = build(["-c", "distill", "--model.teacher", "words"])
+    assert (cli.datamodule.path, cli.datamodule.stride) == ("other.txt", 4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["text.txt", "--k", "3"], "--k needs --teacher"),
+        (["--teacher", "T", "--held_out", "0.2"], "--held_out is not for --teacher"),
+        ([], "required: FILE"),
+        (["text.txt", "small.yaml", "--teacher", "T"], "reads one text, or a folder of tokens; got 2"),
+        (["--teacher", "gone.ckpt"], "--teacher gone.ckpt: there is no such file"),
+        (["--teacher", "T", "--k", "100"], "k must be from 1 to 29"),
+        (["--teacher", "T", "--k", "0"], "expected an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_words(taught, run, more, message):
+    given = [str(taught) if one == "T" else one for one in more]
+    code, _, err = run("prepare", *given, "--out", "words")
+    assert code == 2
+    assert message in err.strip().splitlines()[-1]
+    assert not Path("words").exists()
+
+
 # -- distill-report --------------------------------------------------------------------------------------------------
 
 

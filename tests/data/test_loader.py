@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchkit.data import InOrder, RandomWindows
+from switchkit.data.loader import AlignedWindows
 
 TEXT = torch.arange(1000)  # a token is its own position
 
@@ -18,8 +19,53 @@ def windows(**changes: Any) -> RandomWindows:
     return RandomWindows(**{"tokens": TEXT, "context": 10, "batch_size": 5, **changes})
 
 
-def starts(loader: RandomWindows, batches: int | None = None) -> list[list[int]]:
+def starts(loader: RandomWindows | AlignedWindows, batches: int | None = None) -> list[list[int]]:
     return [batch["tokens"][:, 0].tolist() for batch in islice(loader, batches)]
+
+
+def aligned(**changes: Any) -> AlignedWindows:
+    return AlignedWindows(**{"tokens": TEXT, "context": 10, "batch_size": 5, "stride": 10, **changes})
+
+
+# Windows at multiples of a stride.
+
+
+@pytest.mark.parametrize("stride", [10, 7, 1])
+def test_an_epoch_reads_every_aligned_window_once(stride: int) -> None:
+    """But for less than a step of them; the last window has its last target in the text."""
+    loader = aligned(stride=stride)
+    every = range(0, 1000 - 10, stride)
+    assert len(loader) == len(every) // 5
+    first, second = ([start for batch in starts(loader) for start in batch] for _ in range(2))
+    for read in (first, second):
+        assert len(set(read)) == len(read) == len(loader) * 5
+        assert set(read) <= set(every)
+    assert first != second
+    for batch in loader:
+        assert torch.equal(batch["example"] * stride, batch["tokens"][:, 0])
+        assert torch.equal(batch["targets"], batch["tokens"] + 1)
+
+
+def test_ranks_share_aligned_windows_and_a_position_is_kept() -> None:
+    alone = aligned(batch_size=6)
+    ranks = [aligned(batch_size=2, rank=rank, world_size=3) for rank in range(3)]
+    for whole, *parts in zip(starts(alone), *(starts(rank) for rank in ranks), strict=True):
+        assert whole == [start for part in parts for start in part]
+    loader, again = aligned(), aligned()
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    again.load_state_dict(loader.state_dict())
+    assert starts(again) == [batch["tokens"][:, 0].tolist() for batch in iterator]
+    with pytest.raises(ValueError, match="tokens from window to window"):
+        aligned(stride=5).load_state_dict(loader.state_dict())
+
+
+def test_fewer_aligned_windows_than_a_step() -> None:
+    with pytest.raises(
+        ValueError, match="the text has 3 windows of context 10 at stride 10, fewer than the 4 of a step"
+    ):
+        aligned(tokens=TEXT[:35], batch_size=4)
 
 
 # Training.

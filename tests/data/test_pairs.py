@@ -18,6 +18,7 @@ from switchkit.data import CharTokenizer, DataError, PairData
 from switchkit.data.bytes import ByteTokenizer
 from switchkit.data.encoded_pairs import EncodedPairs
 from switchkit.data.pair_loaders import BucketedPairs
+from switchkit.spec import build, describe_object
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:GPU available")
 
@@ -375,6 +376,13 @@ def test_the_toy_languages_take_the_place_of_multi30k(monkeypatch: pytest.Monkey
 def test_values_are_checked_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PairData(**options)
+
+
+def test_a_description_of_own_files_builds_them_again(files: dict[str, str]) -> None:
+    """It names the languages that there were, which the constructor otherwise chooses from Multi30k by."""
+    found = build(describe_object(pair_data(files))).keywords
+    again = PairData(**{**found, "tokenizer": None})
+    assert again.languages == pair_data(files).languages
 
 
 def test_fewer_pairs_than_a_step(files: dict[str, str]) -> None:
