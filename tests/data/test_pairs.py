@@ -73,6 +73,7 @@ def test_a_batch_is_prefix_source_end_and_the_target_shifted(files: dict[str, st
         "targets": (torch.long, 2),
         "valid": (torch.bool, 2),
         "language": (torch.long, 1),
+        "example": (torch.long, 1),
     }
     assert read(batch) == expected(range(180, 200))[: len(batch["language"])]
     for tokens, targets, valid in zip(batch["tokens"], batch["targets"], batch["valid"], strict=True):
