@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from switchkit.data.base import require_positive
 from switchkit.data.corpus import CorpusData
 from switchkit.data.loader import AlignedWindows, InOrder, RandomWindows, Windows
@@ -66,7 +68,7 @@ class TextData(CorpusData):
         return "context", self.context, self.context + 1
 
     def train_loader(self, *, rank: int, world_size: int) -> RandomWindows | AlignedWindows:
-        given = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        given: dict[str, Any] = {"seed": self.seed, "rank": rank, "world_size": world_size}
         if self.stride is None:
             return RandomWindows(self.train_tokens, self.context, self.batch_size, **given)
         return AlignedWindows(self.train_tokens, self.context, self.batch_size, stride=self.stride, **given)

@@ -150,16 +150,10 @@ class Matching(nn.Module):
         self.pairs = self.pairs if hidden_weight else []
         self.last = [(own[-1], other[-1]) for own, other in stacks] if attention_weight else []
         self.encoder = {number for number, block in enumerate(ours) if not _causal(block)}
-        self.heads = relation_heads
+        self.heads = 0 if relation_heads is None else relation_heads
         for own, other in self.last:
-            first, second = ours[own].attention, theirs[other].attention
-            for block in (first, second):
-                if not (isinstance(block, Attention) and isinstance(block.qkv, nn.Linear)):
-                    raise ValueError(
-                        f"attention_weight {attention_weight}: queries, keys and values of {type(block).__name__} are "
-                        "not one plain projection, so they have no relations to match; leave attention_weight at 0"
-                    )
-            self.heads = self.heads or first.num_heads  # type: ignore[union-attr, assignment]
+            first, second = (_plain(block.attention, attention_weight) for block in (ours[own], theirs[other]))
+            self.heads = first.num_heads if relation_heads is None else relation_heads
             for size in (*_widths(first), *_widths(second)):
                 if self.heads < 1 or size % self.heads:
                     raise ValueError(
@@ -167,10 +161,10 @@ class Matching(nn.Module):
                         "of a model: choose a common divisor"
                     )
         for own, other in self.pairs:
-            widths = (ours[own].mlp_norm.weight.shape[0], theirs[other].mlp_norm.weight.shape[0])  # type: ignore[union-attr, index, misc]
-            if widths[0] != widths[1]:
-                weight = nn.Parameter(torch.empty(widths[1], widths[0]))
-                init_linear(weight, widths[0])
+            narrow, wide = (_width(block) for block in (ours[own], theirs[other]))
+            if narrow != wide:
+                weight = nn.Parameter(torch.empty(wide, narrow))
+                init_linear(weight, narrow)
                 self.register_parameter(f"from_{own}_to_{other}", weight)
 
     @property
@@ -197,7 +191,6 @@ class Matching(nn.Module):
                 each.append(hidden_loss(x, teacher.hidden[other], self._valid(own, batch)))
             terms["hidden"] = torch.stack(each).mean()
         if self.last:
-            assert self.heads is not None
             each = [
                 relation_loss(x, y, self.heads, self._valid(own, batch), causal=own not in self.encoder)
                 for own, other in self.last
@@ -242,7 +235,7 @@ class Matching(nn.Module):
 
 def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:
     """Log-probabilities, in float32."""
-    x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    x = x.float().view(*x.shape[:2], heads, -1).transpose(1, 2)
     scores = x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5
     return scores.masked_fill(~see, torch.finfo(scores.dtype).min).log_softmax(-1)
 
@@ -257,7 +250,21 @@ def _causal(block: Block) -> bool:
     return bool(getattr(block.attention, "causal", True))
 
 
-def _widths(attention: Any) -> tuple[int, int]:
+def _plain(attention: Any, weight: float) -> Attention:
+    """Attention whose queries, keys and values are one matrix's."""
+    if not (isinstance(attention, Attention) and isinstance(attention.qkv, nn.Linear)):
+        raise ValueError(
+            f"attention_weight {weight:g}: queries, keys and values of {type(attention).__name__} are not one plain "
+            "projection, so they have no relations to match; leave attention_weight at 0"
+        )
+    return attention
+
+
+def _width(block: Any) -> int:
+    return int(block.mlp_norm.weight.shape[0])
+
+
+def _widths(attention: Attention) -> tuple[int, int]:
     return attention.num_heads * attention.head_width, attention.num_kv_heads * attention.head_width
 
 

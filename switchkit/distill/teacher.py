@@ -38,7 +38,7 @@ class Teacher:
     @property
     def net(self) -> nn.Module:
         """The model."""
-        return self.module.net  # type: ignore[return-value]
+        return self.module.net
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -53,7 +53,8 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         """Symbols of its logits."""
-        return int(self.net.embed.weight.shape[0])  # type: ignore[union-attr]
+        net: Any = self.net
+        return int(net.embed.weight.shape[0])
 
     @property
     def parameters(self) -> int:
