@@ -76,9 +76,6 @@ def test_a_student_lives_without_its_teacher(distilled, run):
     assert code == 0, err
     new = ["--init_from", str(distilled), "--data", "TextData", "--data.path", "text.txt", "--data.context", "16"]
     assert type(build(new).model).__name__ == "LanguageModule"
-    code, _, err = run("export-hf", str(distilled), "--out", "exported")
-    assert code == 2
-    assert "family" in err or "cannot" in err or "no " in err  # LayerNorm has no family; the file itself was read
 
 
 def test_a_run_goes_on_with_its_teacher(taught, distilled, run):

@@ -31,7 +31,6 @@ def plan(config: Config, tied: bool, context: int | None) -> Plan:
         k=config.integer("num_experts_per_tok", default=2),
         jitter=config.number("router_jitter_noise", default=0.0),
     )
-    del options["feed_forward"]
     net = partial(
         Decoder,
         **{

@@ -31,7 +31,6 @@ def plan(config: Config, tied: bool, context: int | None) -> Plan:
         normalize=config.flag("norm_topk_prob", default=False),
         k=config.integer("num_experts_per_tok", default=8),
     )
-    del options["feed_forward"]
     net = partial(
         Decoder,
         **{
