@@ -7,11 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import MOE, NET, data
+from small import NET, data
 
-from switchkit import ByteTokenizer, DistillModule, EncoderDecoder, LanguageModule, PairData, RouterZ
+from switchkit import (
+    ByteTokenizer,
+    DistillModule,
+    EncoderDecoder,
+    Factor,
+    LanguageModule,
+    MoELayer,
+    PairData,
+    RouterZ,
+    Switch,
+)
 from switchkit.interop.files import save_checkpoint
 
+MOE = partial(MoELayer, router=partial(Switch, jitter=0.1), capacity=partial(Factor, train=1.25, eval=0.5))
 T5 = partial(EncoderDecoder, d_model=16, encoder_layers=2, num_heads=2, d_ff=24, num_experts=3, sparse=[1], dropout=0.1)
 
 

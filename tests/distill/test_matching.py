@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from pupils import batch, student, teacher
-from small import MOE, NET
+from pupils import MOE, batch, student, teacher
+from small import NET
 
 from switchkit import Decoder, LatentAttention
 from switchkit.distill.matching import Matching, even_map, hidden_loss, relation_loss, watched

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from pupils import T5, batch, pairs, student, t5_teacher, teacher
-from small import MOE, NET, data, module, trainer, weights
+from pupils import MOE, T5, batch, pairs, student, t5_teacher, teacher
+from small import NET, data, module, trainer, weights
 
 from switchkit import (
     Attention,
@@ -29,7 +29,7 @@ from switchkit import (
 from switchkit.convert.measuring import measure
 from switchkit.convert.merging import feed_forward_of
 from switchkit.data.loader import InOrder
-from switchkit.distill.teacher import fingerprint, open_teacher
+from switchkit.distill.teacher import Teacher, fingerprint, open_teacher
 
 TWIN = partial(Decoder, d_model=16, num_layers=2, num_heads=2, d_ff=24, context=8, sparse=[], dropout=0.1)
 
@@ -126,6 +126,15 @@ def test_layers_of_one_expert_are_that_expert(tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_weights_that_were_loaded_are_not_made_of_experts_again(taught, tmp_path):
+    """As `fit --init_from` loads them: fine-tuned distillation of a student that was distilled before."""
+    before = student(tmp_path, init="fresh")
+    pupil = student(tmp_path, init="mean")
+    pupil.load_state_dict(before.state_dict())
+    trainer(tmp_path, steps=1, limit_train_batches=0).fit(pupil, data(tmp_path))
+    assert torch.equal(weights(pupil), weights(before))
+
+
 def test_a_smaller_mixture_learns_too(taught, tmp_path):
     """Half the experts and a narrower dense layer: the shapes that agree are copied, the rest is said."""
     net = partial(NET, num_experts=2, sparse=[1], d_ff=20)
@@ -177,7 +186,11 @@ def test_nothing_to_learn_where_the_student_is_the_teacher(tmp_path):
     assert max(p.grad.abs().max() for p in pupil.parameters()) < 1e-6
 
 
-def test_alpha_0_is_plain_training_bit_for_bit(taught, tmp_path):
+def test_alpha_0_is_plain_training_bit_for_bit(taught, tmp_path, monkeypatch):
+    def never(*given):
+        raise AssertionError("the teacher was asked")
+
+    monkeypatch.setattr(Teacher, "__call__", never)
     source = data(tmp_path)
     pupil = student(tmp_path, init="fresh", alpha=0.0)
     torch.manual_seed(7)
