@@ -29,7 +29,7 @@ from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
 
-__all__ = ["SwitchkitCLI", "build", "run"]
+__all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -225,6 +225,20 @@ class SwitchkitCLI(LightningCLI):
         from switchkit import report
 
         report.predicted(self)
+
+
+class ModelOnly(SwitchkitCLI):
+    """Model and data of a command that is not run, whatever devices and strategy the recipe trains with."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 def _quiet(command: str) -> None:
