@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import switchkit
-from switchkit import checkpoints
+from switchkit import checkpoints, origin
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
@@ -129,6 +129,7 @@ class LanguageModule(L.LightningModule):
             "vocab_size": None if size == known else size,
         }
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
+        self.vocab_size = size
         self.net = (net or Decoder)(vocab_size=size, moe=moe)
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
         self.optimizer: OptimizerFactory = optimizer or partial(
@@ -143,6 +144,7 @@ class LanguageModule(L.LightningModule):
         self.val_loss = TokenLoss()
         self.val_accuracy = TokenAccuracy()
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
+        self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
         self._micro_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._counts: Tensor | None = None  # load and tokens [L, E + 1] of the step's micro-batches so far, this rank's
 
@@ -291,6 +293,13 @@ class LanguageModule(L.LightningModule):
         paths = [getattr(callback, "path", None) for callback in self.trainer.checkpoint_callbacks]
         return next((f"the last good checkpoint is {path}" for path in paths if path), "nothing was saved yet")
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's, where it has one, or those of the files that were imported."""
+        own = None if self.tokenizer is None else self.tokenizer.eos_id
+        size = self.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return origin.end_ids(self.hugging_face, size) if own is None else (own,)
+
     # -- generation ----------------------------------------------------------------------------------------------
 
     def generate(
@@ -303,14 +312,14 @@ class LanguageModule(L.LightningModule):
         top_p: float | None = None,
         num_beams: int = 1,
         length_penalty: float = 0.6,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
         """New token ids one by one, in evaluation mode while one is computed; see `switchkit.generation.stream`.
 
-        `ids` is the prompt, and what an encoder-decoder reads. `eos_id` (None: that of the tokenizer, where it has one)
-        ends the text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
+        `ids` is the prompt, and what an encoder-decoder reads. `eos_id`, or any of several (None: `end_ids`), ends the
+        text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
         the search is over, see `switchkit.generation.generate`.
 
         Raises:
@@ -326,7 +335,7 @@ class LanguageModule(L.LightningModule):
             top_p=top_p,
             num_beams=num_beams,
             length_penalty=length_penalty,
-            eos_id=self.tokenizer.eos_id if eos_id is None and self.tokenizer is not None else eos_id,
+            eos_id=self.end_ids if eos_id is None else eos_id,
             use_cache=use_cache,
             symbols=None if self.tokenizer is None else self.tokenizer.vocab_size,
             generator=generator,
@@ -343,6 +352,7 @@ class LanguageModule(L.LightningModule):
             "model": self.spec,
             "data": None if data is None else describe_object(data),
             "source": source,
+            **({"hugging_face": self.hugging_face} if self.hugging_face else {}),
             "train_routing": {n: torch.as_tensor(x).cpu() for n, x in self.train_routing.metric_state.items()},
         }
         if self._counts is not None:
@@ -351,6 +361,7 @@ class LanguageModule(L.LightningModule):
             checkpoint["switchkit"]["step_counts"] = torch.as_tensor(whole).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.hugging_face = origin.carried(checkpoint.get("switchkit", {}), self.tokenizer)
         for name, value in checkpoint.get("switchkit", {}).get("train_routing", {}).items():
             setattr(self.train_routing, name, value.to(self.device))
         counts = checkpoint.get("switchkit", {}).get("step_counts")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkit import Decoder, Factor, MoELayer, TopK
-from switchkit.generation import Window, generate, pad_left, stream
+from switchkit.generation import Window, continuation, generate, pad_left, stream
 from switchkit.generation.beams import penalty, search
 from switchkit.models import Cache, EncoderDecoder, Output
 from switchkit.sampling import probabilities, sample
@@ -216,6 +216,23 @@ def test_every_row_ends_by_itself_and_is_no_longer_computed() -> None:
         assert float(together.log_prob[row]) == pytest.approx(log_prob(net.nats(), prompt[row].tolist(), new), rel=1e-5)
     steps = list(stream(net, prompt, max_new_tokens=9, temperature=0, eos_id=EOS))
     assert torch.equal(torch.stack(steps, 1), together.tokens)
+
+
+def test_any_of_several_tokens_ends_a_row() -> None:
+    """A row is cut after the first of them that a model without an end would have given; the filling is the first."""
+    net = Trigram(seed=2)
+    prompt = torch.tensor([[0, 1], [1, 0], [2, 2], [0, 0], [2, 1]])
+    free = generate(net, prompt, max_new_tokens=9, temperature=0).tokens.tolist()
+    found = generate(net, prompt, max_new_tokens=9, temperature=0, eos_id=(EOS, 2))
+    cuts = [next((i + 1 for i, token in enumerate(row) if token in (EOS, 2)), 9) for row in free]
+    assert rows_of(found) == [row[:cut] for row, cut in zip(free, cuts, strict=True)]
+    assert {row[cut - 1] for row, cut in zip(free, cuts, strict=True)} >= {EOS, 2}
+    assert set(found.tokens[~found.valid].tolist()) == {EOS}
+    for row, tokens in enumerate(prompt):
+        alone = list(continuation(net, tokens, 9, temperature=0, eos_id=[EOS, 2]))
+        assert alone == [token for token in free[row][: cuts[row]] if token not in (EOS, 2)]
+    beams = generate(net, prompt, max_new_tokens=4, num_beams=64, length_penalty=0, eos_id=(EOS, 2))
+    assert all(not {EOS, 2} & set(row[:-1]) for row in rows_of(beams))
 
 
 # -- the window ---------------------------------------------------------------------------------------------------

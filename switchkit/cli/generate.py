@@ -46,7 +46,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if tokenizer is None:
         raise UserError(f"{path}: the checkpoint has no tokenizer, so it cannot read a prompt")
     prefix = _prefix(options, str(path), module, tokenizer)
-    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix)) for prompt in read_prompts(options))
+    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
     if options.prompt_file != "-":
         jobs = list(jobs)  # a mistake in the last line is told before the first text
     for index, (prompt, ids) in enumerate(jobs):

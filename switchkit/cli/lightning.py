@@ -28,6 +28,8 @@ from switchkit.cli.errors import UserError
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
+from switchkit.module import LanguageModule
+from switchkit.origin import carried
 
 __all__ = ["SwitchkitCLI", "build", "run"]
 
@@ -166,7 +168,10 @@ class SwitchkitCLI(LightningCLI):
         if path is None or self.settings.get("ckpt_path") is not None:
             return
         try:
-            self.model.load_state_dict(checkpoints.read(Path(path))["state_dict"])
+            content = checkpoints.read(Path(path))
+            self.model.load_state_dict(content["state_dict"])
+            if isinstance(self.model, LanguageModule):
+                self.model.hugging_face = carried(content["switchkit"], self.model.tokenizer)
         except ValueError as error:
             raise UserError(
                 f"--init_from {path}: {error}. A recipe that names net or moe replaces the checkpoint's: give the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from switchkit.spec import build
 __all__ = ["open_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
-    """Write a model that was never trained here as a checkpoint, at step 0; `config` is what its config.json said.
+def save_checkpoint(module: LanguageModule, path: str | Path) -> None:
+    """Write a model that was never trained here as a checkpoint, at step 0.
 
     Weights keep their dtype. The file appears whole or not at all.
 
@@ -37,8 +36,6 @@ def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[st
         "callbacks": {},
     }
     module.on_save_checkpoint(content)
-    if config is not None:
-        content["switchkit"]["hugging_face"] = {"config": dict(config)}
     writer = checkpoints.AtomicCheckpointIO()
     try:
         writer.save_checkpoint(content, path)
@@ -46,8 +43,8 @@ def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[st
         writer.teardown()
 
 
-def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
-    """The model of a checkpoint, weights in the dtype of the file, and the config.json it came from, if it did.
+def open_checkpoint(path: str | Path) -> LanguageModule:
+    """The model of a checkpoint, weights in the dtype of the file.
 
     Raises:
         ValueError: see `LanguageModule.load_from_checkpoint`.
@@ -62,5 +59,5 @@ def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
         factory = partial(factory, net=OnMeta(net.func, **net.keywords))
     module: LanguageModule = factory()
     module.load_state_dict(content["state_dict"], assign=True)
-    known = content["switchkit"].get("hugging_face") or {}
-    return module, known.get("config") or {}
+    module.on_load_checkpoint(content)
+    return module

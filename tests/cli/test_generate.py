@@ -139,6 +139,19 @@ def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):
     assert len(generate(run, "--prompt", "abc", ckpt="wide.ckpt")) == 24
 
 
+def test_a_text_ends_where_an_imported_model_says(letters, run):
+    """The vocabulary of letters has no end: each of two ids that the greedy text has cuts it short."""
+    ids = list(letters.generate(LETTERS.encode("abc"), 20, temperature=0))
+    first, second = dict.fromkeys(ids[1:]) if len(set(ids[1:])) == 2 else list(dict.fromkeys(ids[1:]))[:2]
+    content = torch.load("letters.ckpt", weights_only=True)
+    for ends in (second, [9, second], [second, first]):
+        content["switchkit"]["hugging_face"] = {"config": {"eos_token_id": ends}}
+        torch.save(content, "ends.ckpt")
+        stops = {ends} if isinstance(ends, int) else set(ends)
+        want = LETTERS.decode(ids[: min(i for i, token in enumerate(ids) if token in stops)])
+        assert generate(run, "--prompt", "abc", "--temperature", "0", ckpt="ends.ckpt") == f"abc{want}\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
