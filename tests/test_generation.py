@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkit import Decoder, Factor, MoELayer, TopK
-from switchkit.generation import Window, continuation, generate, pad_left, stream
+from switchkit.generation import Window, completions, continuation, generate, one_at_a_time, pad_left, stream
 from switchkit.generation.beams import penalty, search
 from switchkit.models import Cache, EncoderDecoder, Output
 from switchkit.sampling import probabilities, sample
@@ -371,6 +371,23 @@ def test_a_decoder_with_a_cache_and_without_over_the_end_of_its_context(position
     cached, whole = run(True), run(False)
     assert torch.equal(cached.tokens, whole.tokens)
     torch.testing.assert_close(cached.log_prob, whole.log_prob)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_several_prompts_as_one_would_be_alone(positions: str) -> None:
+    """Drawn too, with a generator for each; one for all gives other draws to the second row."""
+    net = decoder(positions=positions)
+    prompts = [torch.randint(11, (n,)) for n in (2, 6, 4)]
+    assert one_at_a_time(net, prompts, 8) is None
+    for options in ({"temperature": 0}, {"top_k": 5}, {"num_beams": 2}):
+        draws = [torch.Generator().manual_seed(seed) for seed in range(3)] if "top_k" in options else None
+        found = completions(net, prompts, 8, eos_id=4, **options, **({"generator": draws} if draws else {}))
+        for seed, prompt in enumerate(prompts):
+            own = {"generator": torch.Generator().manual_seed(seed)} if draws else {}
+            assert list(continuation(net, prompt, 8, eos_id=4, **options, **own)) == found[seed]
+    assert "does not fit into the context of 16" in str(one_at_a_time(net, prompts, 12))
+    assert one_at_a_time(net, prompts[:1] * 2, 99) is None
+    assert "does not say whether padding" in str(one_at_a_time(nn.Linear(1, 1), prompts, 1))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

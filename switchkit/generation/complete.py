@@ -47,7 +47,7 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     use_cache: bool = True,
     symbols: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Generated:
     """All new tokens of every row. What is not named here is as in `stream`.
 

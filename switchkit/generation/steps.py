@@ -29,7 +29,7 @@ def stream(
     eos_id: int | Sequence[int] | None = None,
     use_cache: bool = True,
     symbols: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token of every row, step by step, until all rows have ended.
 
@@ -56,7 +56,7 @@ def stream(
         symbols: how many ids may come next, from 0 on; None: all that the model has. Published models have more than
             their tokenizers.
         generator: of the draws, one per row and step in order, rows that have ended included: a seed gives the same
-            text with a cache and without.
+            text with a cache and without. One for each row: a row's text does not depend on the others.
 
     Raises:
         ValueError: no prompt, an empty row, a source that the model does not read, an option out of range.
@@ -74,7 +74,7 @@ def steps(
     top_k: int | None,
     top_p: float | None,
     eos_id: int | Sequence[int] | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[tuple[Int[Tensor, "B"], Float[Tensor, "B V"]]]:
     """The token of each row and the logits that it was taken from (zeros for a row that has ended).
 
@@ -94,7 +94,7 @@ def _steps(
     top_k: int | None,
     top_p: float | None,
     ends: tuple[int, ...],
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     going = torch.arange(window.rows, device=window.tokens.device)
     ended = torch.zeros(window.rows, dtype=torch.bool, device=going.device)
