@@ -22,6 +22,8 @@ ROWS = [
         "metrics",
         "callbacks",
         "spec",
+        "counts",
+        "twins",
         "checkpoints",
         "optim",
         "sampling",

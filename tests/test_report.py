@@ -19,6 +19,7 @@ from switchkit import (
     Factor,
     FeedForward,
     GatedMlp,
+    LanguageModule,
     LatentAttention,
     MoELayer,
     Padded,
@@ -107,28 +108,22 @@ def test_parameters_and_active_parameters() -> None:
     assert sizes.active == sizes.parameters - sum(p[:2].numel() for p in idle)
 
 
-def test_the_twin_has_the_same_operations_without_the_router() -> None:
-    sparse = decoder(sparse=[0, 2], expert_d_ff=12, moe=partial(MoELayer, router=partial(TopK, k=2)))
-    dense = decoder(sparse=[])
-    assert count(sparse, CONTEXT).matched == count(dense, CONTEXT).flops
-    rows = dict(twin_rows(sparse, CONTEXT))
-    assert f"{count(dense, CONTEXT).parameters:,}" in rows["  parameters"]
-    assert "--model.net.sparse=[]" in rows["dense twin"]
+def rows_of(moe: object = None, **more: object) -> dict[str, str]:
+    sizes = {"d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 24, "num_experts": 4, "context": CONTEXT}
+    net = partial(Decoder, **{**sizes, **more})  # type: ignore[arg-type]
+    return dict(twin_rows(LanguageModule(net, moe=moe, vocab_size=11), CONTEXT))  # type: ignore[arg-type]
 
 
-def test_the_twin_of_a_gated_model_is_gated() -> None:
-    gated = {"feed_forward": partial(FeedForward, gated=True)}
-    sparse = decoder(sparse=[0, 2], moe=partial(MoELayer, experts=GatedMlp), **gated)
-    rows = dict(twin_rows(sparse, CONTEXT))
-    assert "a gated feed-forward layer of width 24" in rows["dense twin"]
-    assert count(sparse, CONTEXT).matched == count(decoder(sparse=[], **gated), CONTEXT).flops
+def test_the_twin_of_a_table_is_that_of_dense_spec() -> None:
+    rows = rows_of(sparse=[0, 2], expert_d_ff=12, moe=partial(MoELayer, router=partial(TopK, k=2)))
+    assert f"{count(decoder(sparse=[]), CONTEXT).parameters:,}" in rows["  parameters"]
+    assert "d_ff 24:" in rows["dense twin"]
+    assert "d_ff [48, 24, 24]" in rows_of(sparse=[0], expert_d_ff=48)["dense twin"]
 
 
-def test_a_twin_that_needs_other_sizes_says_so() -> None:
-    rows = dict(twin_rows(decoder(sparse=[0], expert_d_ff=48), CONTEXT))
-    assert "--model.net.sparse" not in rows["dense twin"]
-    assert "48" in rows["dense twin"]
-    assert dict(twin_rows(decoder(sparse=[]), CONTEXT))["dense twin"] == "this model is dense already"
+def test_what_has_no_twin_says_so() -> None:
+    assert rows_of(sparse=[])["dense twin"].startswith("none: this model is dense already")
+    assert dict(twin_rows(torch.nn.Linear(2, 2), CONTEXT)).keys() == {"dense twin"}
 
 
 def test_load_bars() -> None:

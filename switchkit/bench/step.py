@@ -17,10 +17,10 @@ from switchkit.bench.timing import clock_of, interleave
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.recipes import find_config
+from switchkit.counts import count
 from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
 from switchkit.module import LanguageModule
-from switchkit.report.counts import count
 
 __all__ = ["Bare", "measure", "read", "twin_of"]
 

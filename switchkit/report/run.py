@@ -49,7 +49,7 @@ def describe(cli: Any) -> None:
     if (box := fallback_box(info)) is not None:
         out.print(box)
     device = ("device", device_name(cli.trainer.strategy.root_device))
-    rows = [*source_rows(info), device, *twin_rows(_net(cli.model), _context(cli))]
+    rows = [*source_rows(info), device, *twin_rows(cli.model, _context(cli))]
     out.print(model_table(_net(cli.model), _context(cli), rows))
 
 

@@ -16,10 +16,12 @@ from rich.table import Table
 from torch import nn
 
 from switchkit.blocks import Block
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.counts import Counts, count
+from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
+from switchkit.module import LanguageModule
 from switchkit.registry import name_of
-from switchkit.report.counts import Counts, count, products
+from switchkit.twins import dense_spec, net_of
 
 __all__ = ["loads", "model_table", "rows_table", "twin_rows"]
 
@@ -72,38 +74,23 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     return rows_table("Model", [*rows, *more])
 
 
-def twin_rows(net: nn.Module, context: int) -> list[tuple[str, str]]:
-    """Rows about the dense model of equal FLOPs per token: each mixture replaced by one dense layer of the model."""
-    every = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
-    sparse = [block.mlp for block in net.modules() if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
-    if not sparse:
-        return [("dense twin", "attention alone is sparse here" if every else "this model is dense already")]
-    matrices = _matrices(net)
-    width = sum(products(sparse[0])) // (matrices * sparse[0].d_model)
-    sizes = count(net, context)
-    parameters = sizes.active - sum(p.numel() for layer in every for p in layer.router.parameters())
-    dense = {layer.up.out_features for layer in net.modules() if isinstance(layer, FeedForward)}
-    kind = "gated feed-forward" if matrices == 3 else "feed-forward"
-    how = f"a {kind} layer of width {width} in place of each mixture"
-    if dense <= {width}:
-        more = "" if dense else f" --model.net.d_ff={width}"
-        how += f": --model.net.sparse=[]{more}"
-        how += " --model.net.sparse_attention=null" if len(every) > len(sparse) else ""
-    else:
-        how += f"; no recipe can say so, as the dense layers here have width {sorted(dense)[0]}"
+def twin_rows(module: nn.Module, context: int) -> list[tuple[str, str]]:
+    """Rows about the dense model of equal FLOPs per token, as `switchkit.twins.dense_spec` has it."""
+    net = getattr(module, "net", None)
+    if not (isinstance(module, LanguageModule) and isinstance(net, (Decoder, EncoderDecoder))):
+        return [("dense twin", "known of a Decoder or an EncoderDecoder alone")]
+    try:
+        spec = dense_spec(module.spec, vocab_size=net.vocab_size, context=context)
+    except ValueError as error:
+        return [("dense twin", f"none: {error}")]
+    dense = count(net_of(spec, net.vocab_size), context)
+    widths = {name: spec["init_args"]["net"]["init_args"].get(name) for name in ("d_ff", "decoder_d_ff")}
+    told = ", ".join(f"{name} {value}" for name, value in widths.items() if value is not None)
     return [
-        ("dense twin", how),
-        ("  parameters", f"{parameters:,}"),
-        ("  FLOPs per token", f"{_short(sizes.matched)} (the routers' {_short(sizes.routers)} left out)"),
+        ("dense twin", f"a dense layer in place of each mixture, {told}: --twin flops writes the recipe"),
+        ("  parameters", f"{dense.parameters:,}"),
+        ("  FLOPs per token", f"{_short(dense.flops)} (the routers' {_short(count(net, context).routers)} left out)"),
     ]
-
-
-def _matrices(net: nn.Module) -> int:
-    """Matrices of a dense layer: 2, or 3 of a gated one."""
-    build = getattr(net, "dense", FeedForward)
-    with torch.device("meta"):
-        layer = build(d_model=8, d_ff=8, dropout=0.0)
-    return int(sum(p.numel() for p in layer.parameters() if p.dim() == 2) // 64)
 
 
 def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:

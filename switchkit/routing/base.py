@@ -39,6 +39,8 @@ class Router(nn.Module):
     """Why a causal model would see the future with this router; None: it would not."""
     by_position: ClassVar[bool] = False
     """True: in evaluation too it decides by a token's place in the group, not by the token."""
+    uneven: ClassVar[str | None] = None
+    """Why nobody can say beforehand how many experts a token costs; None: what `rows` says, whatever the data."""
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()
@@ -55,6 +57,10 @@ class Router(nn.Module):
     ) -> Routing:
         """Route each group of tokens; `limit` is the capacity, for routers that need one to choose (None: dropless)."""
         raise NotImplementedError
+
+    def rows(self, size: int, limit: int | None) -> int:
+        """Rows that experts compute for a group of `size` real tokens, drops not taken off; `limit` as in `forward`."""
+        return size * self.k
 
 
 class RouterFactory(Protocol):

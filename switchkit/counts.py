@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
 from switchkit.attention import Attention, CrossAttention, LatentAttention
+from switchkit.experts.shared import Shared
 from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
+from switchkit.routing.soft import Soft
 
 __all__ = ["Counts", "count", "products"]
 
@@ -24,8 +27,9 @@ class Counts:
     active: int
     """Parameters that one token meets: all but those of the experts it is not sent to."""
     experts: int
-    """Operations in routed experts: every assignment kept, no padding of buffers."""
+    """Operations in routed experts: the load even, every assignment kept, no padding of buffers."""
     routers: int
+    """Operations of the choice: routers, the gates of shared experts, mixing tokens into slots and back."""
     attention: int
     """Scores and weighted values over a full context, not halved for causality (the math kernel computes them all)."""
     other: int
@@ -42,9 +46,10 @@ class Counts:
 
 
 def count(model: nn.Module, context: int) -> Counts:
-    """Sizes of `model`, with attention over `context` tokens."""
+    """Sizes of `model`, with attention over `context` tokens; where experts choose, they do so among as many."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = experts = routers = attention = shared = 0
+    idle = routers = attention = shared = 0
+    experts = Fraction(0)
     routed: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -52,10 +57,10 @@ def count(model: nn.Module, context: int) -> Counts:
             always = {id(parameter) for parameter in layer.experts.always_parameters()}
             held = sum(p.numel() for p in layer.experts.parameters() if id(p) not in always)
             idle += held - held * k // every
-            in_routed, in_shared = products(layer)
-            experts += 2 * in_routed
+            in_routed, in_shared = products(layer, context)
+            experts += in_routed
             shared += in_shared
-            routers += 2 * sum(parameter.numel() for parameter in layer.router.parameters())
+            routers += _choosing(layer)
             routed |= {id(p) for part in (layer.experts, layer.router) for p in part.parameters()}
         elif isinstance(layer, (Attention, CrossAttention)):
             attention += 4 * context * layer.out.in_features
@@ -68,16 +73,35 @@ def count(model: nn.Module, context: int) -> Counts:
     return Counts(
         parameters=total,
         active=total - idle,
-        experts=experts,
-        routers=routers,
+        experts=round(2 * experts),
+        routers=2 * routers,
         attention=attention,
         other=2 * (linear + head + shared),
     )
 
 
-def products(layer: MoELayer) -> tuple[int, int]:
-    """Multiply-adds of one token in the routed experts and in those that every token meets."""
+def products(layer: MoELayer, context: int) -> tuple[Fraction, int]:
+    """Multiply-adds of one token in the routed experts, the load being even, and in those that every token meets.
+
+    Counted are stacked weights [E, in, out] and those of `nn.Linear`, as experts hold them. The first is a mean:
+    experts that choose take whole tokens of a group of `context` (or of the layer's own `group`) in training.
+    """
+    size = layer.group if isinstance(layer.group, int) else context
+    limit = layer.capacity.limit(size, layer.num_experts, layer.router.k, training=True)
+    rows = Fraction(layer.router.rows(size, limit), size)
     always = {id(parameter) for parameter in layer.experts.always_parameters()}
-    routed = sum(p.numel() for p in layer.experts.parameters() if p.dim() == 3 and id(p) not in always)
-    shared = sum(p.numel() for p in layer.experts.always_parameters() if p.dim() > 1)
-    return routed * layer.router.k // layer.num_experts, shared
+    linear = {id(part.weight) for part in layer.experts.modules() if isinstance(part, nn.Linear)}
+    matrices = [p for p in layer.experts.parameters() if p.dim() == 3 or id(p) in linear]
+    shared = sum(p.numel() for p in matrices if id(p) in always)
+    return (sum(p.numel() for p in matrices) - shared) * rows / layer.num_experts, shared
+
+
+def _choosing(layer: MoELayer) -> int:
+    """Multiply-adds of one token for the choice."""
+    found = sum(p.numel() for p in layer.router.parameters() if p.dim() > 1)
+    if isinstance(layer.experts, Shared) and layer.experts.mix_weight is not None:
+        found += layer.experts.mix_weight.numel()
+    if isinstance(layer.router, Soft):
+        # Every token into every slot, and every slot's output into every token.
+        found += 2 * layer.num_experts * layer.router.slots * layer.d_model
+    return found
