@@ -30,6 +30,7 @@ ROWS = [
         "generation",
         "origin",
         "strategies",
+        "convert",
     ],
     ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
 ]
