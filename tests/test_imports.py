@@ -17,7 +17,7 @@ ROWS = [
     ["layers", "attention", "blocks"],
     ["models"],
     ["module", "data", "metrics", "callbacks", "spec", "checkpoints", "optim", "sampling", "generation", "strategies"],
-    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
+    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "compare", "__main__"],
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 PARTS, LIGHTNING = 1, 5
