@@ -31,8 +31,9 @@ ROWS = [
         "origin",
         "strategies",
         "convert",
+        "distill",
     ],
-    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
+    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "compare", "__main__"],
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 PARTS, LIGHTNING = 1, 5

@@ -28,6 +28,7 @@ COMMANDS = {
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
+    "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),
     "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),
     "selftest": ("selftest", "hold every part, your own included, to the properties of the tests"),
     "bench": ("bench", "measure the speed of dispatchers and layers"),
