@@ -26,6 +26,7 @@ COMMANDS = {
     "tokenizer": ("tokenizer", "learn a sub-word vocabulary from texts (tokenizer train)"),
     "import-hf": ("interop", "make a checkpoint of a model of Hugging Face's transformers"),
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
+    "upcycle": ("upcycle", "make a sparse checkpoint of a dense one"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
     "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,29 @@ from typing import Any
 import lightning as L
 
 from switchkit import checkpoints
-from switchkit.interop.importing import OnMeta
 from switchkit.module import LanguageModule
 from switchkit.registry import full_path
-from switchkit.spec import build
+from switchkit.spec import OnMeta, build
 
 __all__ = ["open_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(module: LanguageModule, path: str | Path) -> None:
-    """Write a model that was never trained here as a checkpoint, at step 0.
+def save_checkpoint(
+    module: LanguageModule,
+    path: str | Path,
+    *,
+    data: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model that was never trained as it is, as a checkpoint at step 0.
 
     Weights keep their dtype. The file appears whole or not at all.
+
+    Args:
+        module: the model.
+        path: the file.
+        data: the settings of the data that it goes with, as another checkpoint has them; null: those of its trainer.
+        source: where their text came from, as another checkpoint has it; null: what its trainer's data say.
 
     Raises:
         OSError: it cannot be written.
@@ -36,6 +48,7 @@ def save_checkpoint(module: LanguageModule, path: str | Path) -> None:
         "callbacks": {},
     }
     module.on_save_checkpoint(content)
+    content["switchkit"] |= {name: value for name, value in (("data", data), ("source", source)) if value is not None}
     writer = checkpoints.AtomicCheckpointIO()
     try:
         writer.save_checkpoint(content, path)

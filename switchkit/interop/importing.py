@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from switchkit.interop.families.base import EVERY_MODEL
 from switchkit.interop.folder import Folder
 from switchkit.interop.keys import Keys
 from switchkit.module import LanguageModule
+from switchkit.spec import OnMeta
 
-__all__ = ["OnMeta", "build_module", "import_hf"]
+__all__ = ["build_module", "import_hf"]
 
 LARGEST_TOKENIZER = 256 * 2**20
 EMBEDDINGS = (
@@ -63,14 +63,6 @@ def import_hf(
     module.load_state_dict({f"net.{name}": tensor for name, tensor in _tensors(table, source)}, assign=True)
     module.hugging_face = {"config": values, "generation": generation}
     return module if dtype is None else module.to(dtype)
-
-
-class OnMeta(partial[nn.Module]):
-    """A factory whose model has shapes, but no memory yet."""
-
-    def __call__(self, /, *args: Any, **keywords: Any) -> nn.Module:
-        with torch.device("meta"):
-            return super().__call__(*args, **keywords)
 
 
 def build_module(plan: Plan, tokenizer: Tokenizer | None = None) -> LanguageModule:
