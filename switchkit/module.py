@@ -41,6 +41,9 @@ class StepCallback(L.Callback):
     late: a checkpoint saved by an earlier callback would lack the change, and a resumed run would not make up for it.
     """
 
+    needs_sparse_layers = True
+    """Read from any callback: a dense twin of the run goes without it."""
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses to train a module that does not count, or has nothing to count.
 

@@ -82,16 +82,20 @@ def _compare(
     }
     plots = can_plot()
     if not plots:
-        out.print("no pictures will be drawn: pip install 'switchkit[plot]' for them; everything else is written")
+        told = "no pictures will be drawn: pip install 'switchkit[plot]' for them; everything else is written"
+        out.print(told, markup=False, highlight=False)
+    if before is not None:
+        folder.same({key: before.get(key) for key in wanted}, wanted)
+        steps = before["steps"]
+    else:
+        seconds: dict[str, float] = {}
+        if budget.kind == "minutes":
+            seconds = {name: _measure(name, tree, models[name], out) for name, tree in trees.items()}
+        steps = steps_of(budget, trees, models, seconds)
     with folder.locked():
-        if before is not None:
-            folder.same({key: before.get(key) for key in wanted}, wanted)
-            steps = before["steps"]
-        else:
-            seconds: dict[str, float] = {}
-            if budget.kind == "minutes":
-                seconds = {name: _measure(name, tree, models[name], out) for name, tree in trees.items()}
-            steps = steps_of(budget, trees, models, seconds)
+        if before is None:
+            if folder.found() is not None:
+                raise UserError(f"--out {folder.path}: another process began a comparison there meanwhile")
             folder.begin({**wanted, "steps": steps, "switchkit": __version__})
         notes = _notes(budget, seeds, steps, twin, models)
         out.print(definition.title, style="bold", highlight=False)

@@ -12,7 +12,7 @@ import yaml
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.plugins import importable
 
-__all__ = ["comparisons", "find_config", "is_comparison", "load_yaml", "read_config", "recipes"]
+__all__ = ["comparisons", "dump_yaml", "find_config", "is_comparison", "load_yaml", "read_config", "recipes"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -95,6 +95,11 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def dump_yaml(values: Any) -> str:
+    """Text that `load_yaml` reads as these plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -119,6 +124,20 @@ _Loader.add_implicit_resolver(
     re.compile(rf"^(?:{_FLOAT}|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for something else than text, and what is said twice is written twice."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+        # Lists of numbers and words read best on one line.
+        plain = all(not isinstance(item, (dict, list)) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain or flow_style)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _position(error: yaml.YAMLError) -> str:

@@ -33,6 +33,6 @@ def write_pictures(folder: Path, results: Sequence[Result], twin: str, title: st
                 curves,
                 x=label,
                 y="held-out loss (nats per token)",
-                title=title if len(title) < 90 else title[:87] + "...",
+                title=title,
                 mark=sum(ends) / len(ends) if ends else None,
             )

@@ -19,9 +19,9 @@ from switchkit.cli.signatures import signature_of
 from switchkit.compare.budget import Budget, Cost
 from switchkit.compare.definition import Definition, Entry
 from switchkit.compare.quiet import quiet
+from switchkit.counts import Counts, count
 from switchkit.models import EncoderDecoder
 from switchkit.module import LanguageModule
-from switchkit.report.counts import Counts, count
 
 __all__ = ["Model", "cli_of", "composed", "context_of", "model_of", "reference", "steps_of", "takes_seed"]
 

@@ -57,7 +57,8 @@ def plot_curves(
         high = finite[int(0.95 * (len(finite) - 1))]
         room = 0.05 * max(high - finite[0], 1e-6)
         axes.set_ylim(finite[0] - room, high + room)
-    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize="medium", wrap=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     temporary = path.with_name(f".{path.name}.part")

@@ -19,11 +19,9 @@ from switchkit.blocks import Block
 from switchkit.counts import Counts, count
 from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
-from switchkit.module import LanguageModule
 from switchkit.registry import name_of
-from switchkit.twins import dense_spec, net_of
 
-__all__ = ["loads", "model_table", "rows_table", "twin_rows"]
+__all__ = ["loads", "model_table", "rows_table", "short"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -74,25 +72,6 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     return rows_table("Model", [*rows, *more])
 
 
-def twin_rows(module: nn.Module, context: int) -> list[tuple[str, str]]:
-    """Rows about the dense model of equal FLOPs per token, as `switchkit.twins.dense_spec` has it."""
-    net = getattr(module, "net", None)
-    if not (isinstance(module, LanguageModule) and isinstance(net, (Decoder, EncoderDecoder))):
-        return [("dense twin", "known of a Decoder or an EncoderDecoder alone")]
-    try:
-        spec = dense_spec(module.spec, vocab_size=net.vocab_size, context=context)
-    except ValueError as error:
-        return [("dense twin", f"none: {error}")]
-    dense = count(net_of(spec, net.vocab_size), context)
-    widths = {name: spec["init_args"]["net"]["init_args"].get(name) for name in ("d_ff", "decoder_d_ff")}
-    told = ", ".join(f"{name} {value}" for name, value in widths.items() if value is not None)
-    return [
-        ("dense twin", f"a dense layer in place of each mixture, {told}: --twin flops writes the recipe"),
-        ("  parameters", f"{dense.parameters:,}"),
-        ("  FLOPs per token", f"{_short(dense.flops)} (the routers' {_short(count(net, context).routers)} left out)"),
-    ]
-
-
 def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
     """One bar chart per sparse layer: the share of each expert; a full block is the largest share of any."""
     rows = []
@@ -138,10 +117,11 @@ def _flops(sizes: Counts) -> str:
         ("attention", sizes.attention),
         ("rest", sizes.other),
     )
-    return f"{_short(sizes.flops)} forward ({', '.join(f'{name} {_short(value)}' for name, value in parts)})"
+    return f"{short(sizes.flops)} forward ({', '.join(f'{name} {short(value)}' for name, value in parts)})"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A number with a unit, three digits of it."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(value) < 1000:
             return f"{value:.3g}{unit}" if unit else f"{value:.0f}"
