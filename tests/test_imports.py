@@ -49,6 +49,7 @@ THIRD = {
     "jsonargparse": lambda place: ROW[place] > LIGHTNING,
     "transformers": lambda place: place == "interop",
     "safetensors": lambda place: place == "interop",
+    "datasets": lambda place: place == "data",
     "matplotlib": lambda place: place == "report",
     "rich": lambda place: ROW[place] >= LIGHTNING,
     "torch": lambda place: place != "registry",

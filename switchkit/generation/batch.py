@@ -56,6 +56,7 @@ def completions(
     """
     ends = ends_of(eos_id)
     tokens, valid = pad_left(prompts)
+    given: dict[str, Any]
     if hasattr(net, "start_id"):
         # Behind a source padding is as good, and it is what models were trained with.
         sizes = valid.sum(1, keepdim=True)
