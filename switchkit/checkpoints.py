@@ -116,18 +116,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """``{"model": spec, "data": spec or None, "source": ..., "step": n}`` of a checkpoint, every class in it known.
 
+    Beside them `resume`: the description of the module that goes on training, where it is not that of the model.
+
     Raises:
         ValueError: as `read`, and for a part that is not imported.
     """
     content = read(path)
     ours = content["switchkit"]
-    for part in (ours["model"], ours.get("data")):
+    for part in (ours["model"], ours.get("data"), ours.get("resume")):
         for name in _class_paths(part):
             find_class(name)
     return {
         "model": ours["model"],
         "data": ours.get("data"),
         "source": ours.get("source"),
+        "resume": ours.get("resume"),
         "step": content.get("global_step", 0),
     }
 

@@ -168,18 +168,23 @@ class LanguageModule(L.LightningModule):
         return self.net(batch["tokens"], batch.get("valid"), **source)
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
+        out, learned, named = self._learn(batch)
+        found = step_stats(out.routings, learned)
+        self._count(found)
+        terms = [self._term(term, out.routings) for term in self.losses]
+        loss = learned + sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
+        self.train_routing.update(found)
+        named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
+        values = {"loss": loss, **named, **named_terms}
+        self._micro_batches.append((found["bad_tokens"], {name: value.detach() for name, value in values.items()}))
+        return {"loss": loss, "stats": found}
+
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
+        """The model on a batch, what is minimised beside the terms on its records, and what of it is logged."""
         out = self._run(batch)
         total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
         entropy = total / tokens.clamp(min=1)
-        found = step_stats(out.routings, entropy)
-        self._count(found)
-        terms = [self._term(term, out.routings) for term in self.losses]
-        loss = entropy + sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
-        self.train_routing.update(found)
-        named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
-        values = {"loss": loss, "cross_entropy": entropy, **named_terms}
-        self._micro_batches.append((found["bad_tokens"], {name: value.detach() for name, value in values.items()}))
-        return {"loss": loss, "stats": found}
+        return out, entropy, {"cross_entropy": entropy}
 
     def _count(self, found: Mapping[str, Tensor]) -> None:
         """Add a micro-batch to the counts of its optimizer step, where something reads them."""

@@ -37,6 +37,7 @@ def opening(cli: Any) -> None:
         out.print(box)
     steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
+    rows += module.opening_rows() if hasattr(module, "opening_rows") else []
     out.print(model_table(_net(module), context_of(cli), rows))
     cli.started, cli.first_step = time.perf_counter(), trainer.global_step
 
@@ -80,6 +81,8 @@ def closing(cli: Any) -> None:
         rows.append(("translation", f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"))
     if (speed := _speed(cli, wall)) is not None:
         rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
+    if hasattr(module, "closing_rows"):
+        rows += module.closing_rows(cli.datamodule, found["val/loss"])
     rows += source_rows(info)
     rows += loads(module.last_load, module.sparse_layers)
     rows += [("checkpoint", str(best or last or "none was saved"))]
