@@ -16,7 +16,19 @@ ROWS = [
     ["parallel"],
     ["layers", "attention", "blocks"],
     ["models"],
-    ["module", "data", "metrics", "callbacks", "spec", "checkpoints", "optim", "sampling", "generation", "strategies"],
+    [
+        "module",
+        "data",
+        "metrics",
+        "callbacks",
+        "spec",
+        "checkpoints",
+        "optim",
+        "sampling",
+        "generation",
+        "step",
+        "strategies",
+    ],
     ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
