@@ -24,6 +24,8 @@ from switchkit.losses.base import Loss, LossFactory
 from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
+from switchkit.parallel.norm import total_norm
+from switchkit.parallel.place import state_like
 from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.spec import build, describe, describe_object
@@ -248,6 +250,7 @@ class LanguageModule(L.LightningModule):
     def _log_training(self) -> None:
         """Straight to the loggers, and at the interval only: `self.log` costs a quarter of a millisecond a key."""
         numbers = weighted_means(self._micro_batches)
+        numbers["grad_norm"] = total_norm(self.parameters())  # before it is clipped
         numbers["lr"] = torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.sparse_layers:
             routing = self.train_routing.compute()
@@ -390,7 +393,10 @@ class LanguageModule(L.LightningModule):
             self._counts = (every if first else torch.zeros_like(every)), every
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, with one readable error when `state_dict` belongs to another model."""
+        """As torch's, with one readable error when `state_dict` belongs to another model.
+
+        Of whole tensors a sharded model takes its parts.
+        """
         own = self.state_dict()
         missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         shared = [(n, list(state_dict[n].shape), list(own[n].shape)) for n in own if n in state_dict]
@@ -399,7 +405,7 @@ class LanguageModule(L.LightningModule):
             kinds = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
             found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds if names)
             raise ValueError(f"these weights belong to another model: {found}")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return super().load_state_dict(state_like(state_dict, self), strict=strict, assign=assign)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> Self:  # type: ignore[override]

@@ -45,9 +45,13 @@ def shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
         owner.forward = partial(_local_forward, type(owner), owner, 1 / mesh.size())  # type: ignore[method-assign]
 
 
-def stacked(experts: Experts) -> list[nn.Module]:
-    """The modules that hold the stacked weights of routed experts."""
-    return [owner for owner, _ in _owners("", experts)]
+def stacked(name: str, experts: Experts) -> list[nn.Module]:
+    """The modules that hold the stacked weights of routed experts.
+
+    Raises:
+        ValueError: weights that are not stacked.
+    """
+    return [owner for owner, _ in _owners(name, experts)]
 
 
 def _owners(name: str, experts: Experts) -> list[tuple[nn.Module, list[str]]]:

@@ -142,7 +142,8 @@ def whole_run(rank: int, world: int, folder: str) -> dict[str, Any]:
 
     def counting(tensor: torch.Tensor, *rest: Any, **more: Any) -> Any:
         nonlocal reductions
-        reductions += tensor.dtype == torch.long
+        # Those of Lightning itself have no dimension.
+        reductions += tensor.dtype == torch.long and tensor.dim() == 1
         return reduce(tensor, *rest, **more)
 
     dist.all_reduce = counting
