@@ -34,7 +34,8 @@ class Seen:
         parts = (self.targets.view(1), self.broken.view(1), self.load.flatten(), self.tokens, self.bad)
         every = torch.cat([part.long() for part in parts])
         dist.all_reduce(every)
-        targets, broken, load, tokens, bad = every.split([1, 1, layers * experts, layers, layers])
+        sizes = [1, 1, layers * experts, layers, layers]
+        targets, broken, load, tokens, bad = every.split_with_sizes(sizes)
         return Seen(targets.view(()), load.view(layers, experts), tokens, bad, broken.view(()))
 
     def counts(self) -> Int[Tensor, "L columns"]:

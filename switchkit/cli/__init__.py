@@ -26,6 +26,7 @@ COMMANDS = {
     "tokenizer": ("tokenizer", "learn a sub-word vocabulary from texts (tokenizer train)"),
     "import-hf": ("interop", "make a checkpoint of a model of Hugging Face's transformers"),
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
+    "consolidate": ("consolidate", "make one file of a checkpoint that several devices wrote as a folder"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
     "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),

@@ -42,7 +42,7 @@ def shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)])
             owner.register_parameter(own, nn.Parameter(part, requires_grad=whole.requires_grad))
         # Set on the instance: its class stays what it is, and FSDP's hooks run around it.
-        owner.forward = partial(_local_forward, type(owner), owner, 1 / mesh.size())  # type: ignore[method-assign]
+        owner.forward = partial(_local_forward, type(owner), owner, 1 / mesh.size())
 
 
 def stacked(name: str, experts: Experts) -> list[nn.Module]:
@@ -80,7 +80,7 @@ def _local_forward(cls: type[nn.Module], module: nn.Module, scale: float, *argum
     twin.__dict__.update(module.__dict__)
     del twin.__dict__["forward"]
     twin.__dict__["_parameters"] = {
-        name: _Scaled.apply(p.to_local(), scale) if isinstance(p, DTensor) else p  # type: ignore[no-untyped-call]
+        name: _Scaled.apply(p.to_local(), scale) if isinstance(p, DTensor) else p
         for name, p in module._parameters.items()
     }
     return twin.forward(*arguments, **options)

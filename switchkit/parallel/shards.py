@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 __all__ = ["check", "read_tensors", "seal", "tensors_in", "write_tensors"]
 
@@ -41,7 +43,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, sharded or the same on all processes, into an empty folder. Called by all processes."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
+        save(dict(tensors), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) -> None:
@@ -53,8 +55,8 @@ def read_tensors(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) ->
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
-            dcp.load(dict(targets), storage_reader=_Reader(folder), planner=planner, no_dist=alone)
-    except dcp.CheckpointException as error:
+            load(dict(targets), storage_reader=_Reader(folder), planner=planner, no_dist=alone)
+    except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"the tensors of checkpoint {folder} cannot be read: {first}") from error
@@ -121,7 +123,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """DCP's files with an index that is data."""
 
     def __init__(self, folder: Path) -> None:
@@ -154,7 +156,7 @@ class _Writer(dcp.FileSystemWriter):
             os.fsync(file.fileno())
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads what `_Writer` wrote."""
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
