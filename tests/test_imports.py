@@ -29,6 +29,7 @@ ROWS = [
         "sampling",
         "generation",
         "origin",
+        "step",
         "strategies",
         "convert",
         "distill",

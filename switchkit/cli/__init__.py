@@ -30,6 +30,7 @@ COMMANDS = {
     "prune": ("shrink", "drop the least used experts of a checkpoint"),
     "merge": ("shrink", "merge experts of a checkpoint that are alike"),
     "to-dense": ("shrink", "make a dense checkpoint of a sparse one"),
+    "consolidate": ("consolidate", "make one file of a checkpoint that several devices wrote as a folder"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
     "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),

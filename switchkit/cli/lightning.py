@@ -20,12 +20,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from switchkit import __version__, checkpoints
+from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
 from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
-from switchkit.cli.errors import UserError
+from switchkit.cli.errors import UserError, first_process
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
@@ -213,7 +213,8 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
-            report.checkpoint_line(self.settings.ckpt_path)
+            if first_process():
+                report.checkpoint_line(self.settings.ckpt_path)
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:

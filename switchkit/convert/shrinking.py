@@ -130,7 +130,7 @@ def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned"
     layers = _layers(module)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     widths: dict[str, int] = {}
-    kinds = set()
+    kinds: set[tuple[Any, bool]] = set()
     for (name, layer), use in zip(layers.items(), measured.layers, strict=True):
         weights = feed_forward_of(layer, how, usage=use.load, gate=use.gate)
         for key in [key for key in state if key.startswith(f"net.{name}.")]:

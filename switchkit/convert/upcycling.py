@@ -181,8 +181,10 @@ def _like(weight: Tensor) -> Tensor:
 def _cut(w1: Float[Tensor, "E D H"], w2: Float[Tensor, "E F D"], pieces: int) -> tuple[Tensor, Tensor]:
     """Each expert as `pieces` neighbours of a part of its hidden units."""
     width = w2.shape[1] // pieces
-    parts = [part.unflatten(2, (pieces, width)).transpose(1, 2) for part in w1.split(w2.shape[1], dim=-1)]
-    return torch.cat(parts, dim=-1).flatten(0, 1).contiguous(), w2.unflatten(1, (pieces, width)).flatten(0, 1)
+    count, wide = len(w1), w2.shape[1]
+    halves = torch.split(w1, wide, dim=-1)
+    parts = [half.reshape(count, -1, pieces, width).transpose(1, 2) for half in halves]
+    return torch.cat(parts, dim=-1).flatten(0, 1), w2.reshape(count * pieces, width, -1)
 
 
 def _router_rows(layer: MoELayer, granularity: int) -> Float[Tensor, "E D"]:

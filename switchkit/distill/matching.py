@@ -159,15 +159,16 @@ class Matching(nn.Module):
                         f"attention_weight {attention_weight}: queries, keys and values of {type(block).__name__} are "
                         "not one plain projection, so they have no relations to match; leave attention_weight at 0"
                     )
-            self.heads = self.heads or first.num_heads  # type: ignore[union-attr, assignment]
+            assert isinstance(first, Attention)
+            self.heads = heads = self.heads or first.num_heads
             for size in (*_widths(first), *_widths(second)):
-                if self.heads < 1 or size % self.heads:
+                if heads < 1 or size % heads:
                     raise ValueError(
                         f"relation_heads {self.heads} does not divide {size}, the width of the queries, keys or values "
                         "of a model: choose a common divisor"
                     )
         for own, other in self.pairs:
-            widths = (ours[own].mlp_norm.weight.shape[0], theirs[other].mlp_norm.weight.shape[0])  # type: ignore[union-attr, index, misc]
+            widths = tuple(len(block.get_parameter("mlp_norm.weight")) for block in (ours[own], theirs[other]))
             if widths[0] != widths[1]:
                 weight = nn.Parameter(torch.empty(widths[1], widths[0]))
                 init_linear(weight, widths[0])
@@ -242,7 +243,7 @@ class Matching(nn.Module):
 
 def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:
     """Log-probabilities, in float32."""
-    x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    x = x.float().reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
     scores = x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5
     return scores.masked_fill(~see, torch.finfo(scores.dtype).min).log_softmax(-1)
 

@@ -70,8 +70,8 @@ def percent_preserved(
         parts = errors["student"] + (1 - ratio) ** 2 * (both[0] or 0) + ratio**2 * (both[1] or 0)
         spread = 100 * math.sqrt(parts) / gain
     few = [name for name, value in errors.items() if value is None]
-    why = f"one seed of {', '.join(few)}: the noise is not known" if few else None
-    return Preserved(100 * ratio, spread, gain, noise, why)
+    told = f"one seed of {', '.join(few)}: the noise is not known" if few else None
+    return Preserved(100 * ratio, spread, gain, noise, told)
 
 
 def _listed(values: float | Sequence[float]) -> list[float]:

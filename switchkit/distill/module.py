@@ -193,7 +193,9 @@ class DistillModule(LanguageModule):
             )
         return super()._run(batch)
 
-    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
+    def _learn(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Output, Float[Tensor, ""], Int[Tensor, ""], dict[str, Tensor]]:
         if not self.alpha and not self.matching.active:
             return super()._learn(batch)
         ours, theirs = self.matching.watch(self.net, self.teacher.net)
@@ -207,7 +209,8 @@ class DistillModule(LanguageModule):
         )
         terms = self.matching(seen, within, batch)
         loss = found.loss + self.matching.weighted(terms)
-        return out, loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+        real = torch.full_like(targets, True, dtype=torch.bool) if valid is None else valid
+        return out, loss, real.sum(), {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

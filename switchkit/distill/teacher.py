@@ -37,7 +37,7 @@ class Teacher:
     @property
     def net(self) -> nn.Module:
         """The model."""
-        return self.module.net  # type: ignore[return-value]
+        return self.module.net
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -52,7 +52,7 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         """Symbols of its logits."""
-        return int(self.net.embed.weight.shape[0])  # type: ignore[union-attr]
+        return int(self.net.get_parameter("embed.weight").shape[0])
 
     @property
     def parameters(self) -> int:

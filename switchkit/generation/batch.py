@@ -62,7 +62,7 @@ def completions(
         sizes = valid.sum(1, keepdim=True)
         places = torch.arange(tokens.shape[1], device=tokens.device)
         order = (places + tokens.shape[1] - sizes) % tokens.shape[1]
-        given: dict[str, Any] = {"source": tokens.gather(1, order), "source_valid": places < sizes}
+        given = {"source": tokens.gather(1, order), "source_valid": places < sizes}
     else:
         given = {"tokens": tokens, "valid": valid}
     found = generate(net, **given, max_new_tokens=max_new_tokens, eos_id=ends, **options)
