@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.data.tokenizers import Tokenizer
