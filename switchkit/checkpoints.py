@@ -136,19 +136,22 @@ def _ours(file: Path, path: Path) -> dict[str, Any]:
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """``{"model": spec, "data": spec or None, "source": ..., "step": n}`` of a checkpoint, every class in it known.
 
+    Beside them `resume`: the description of the module that goes on training, where it is not that of the model.
+
     Raises:
         ValueError: as `read`, and for a part that is not imported.
     """
     path = Path(path)
     content = read_folder(path, {}) if path.is_dir() else read(path)
     ours = content["switchkit"]
-    for part in (ours["model"], ours.get("data")):
+    for part in (ours["model"], ours.get("data"), ours.get("resume")):
         for name in _class_paths(part):
             find_class(name)
     return {
         "model": ours["model"],
         "data": ours.get("data"),
         "source": ours.get("source"),
+        "resume": ours.get("resume"),
         "step": content.get("global_step", 0),
     }
 

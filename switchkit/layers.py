@@ -169,7 +169,7 @@ class MoEFactory(Protocol):
 class FeedForward(nn.Module):
     """The dense layer that a mixture replaces: one expert for every token, ``act(x W1) W2`` without bias.
 
-    Initialised as the experts are: truncated normal, std ``sqrt(0.1 / fan_in)``.
+    Initialised as the experts are: truncated normal, std ``sqrt(init_scale / fan_in)``.
 
     Args:
         d_model: width of a token.
@@ -177,9 +177,10 @@ class FeedForward(nn.Module):
         dropout: on the hidden activations.
         activation: as of the experts; ReLU by default (T5, and the paper's experts).
         gated: ``(act(x W1) * x V) W2`` instead (arXiv 2002.05202), as llama (silu) and T5 v1.1 (gelu_tanh) have it.
+        init_scale: of the initial weights; 0.1 as in the paper (section 2.4 of arXiv 2101.03961).
 
     Raises:
-        ValueError: an unknown activation, dropout outside [0, 1).
+        ValueError: an unknown activation, dropout outside [0, 1), an init_scale not above 0.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         activation: Activation = "relu",
         gated: bool = False,
+        init_scale: float = 0.1,
     ) -> None:
         super().__init__()
         self.activation, self.dropout = check(activation, dropout)
@@ -198,7 +200,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=False)
         for part in (self.up, self.gate, self.down):
             if part is not None:
-                init_linear(part.weight, part.in_features)
+                init_linear(part.weight, part.in_features, init_scale)
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         act = ACTIVATIONS[self.activation]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import switchkit
-from switchkit import checkpoints
+from switchkit import checkpoints, origin
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
-from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, cross_entropy, step_stats
+from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
 from switchkit.parallel.norm import total_norm
@@ -44,6 +44,9 @@ class StepCallback(L.Callback):
     The counts add up over the micro-batches of the step and over ranks. A hook like `on_train_batch_end` would be too
     late: a checkpoint saved by an earlier callback would lack the change, and a resumed run would not make up for it.
     """
+
+    needs_sparse_layers = True
+    """Read from any callback: a dense twin of the run goes without it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses to train a module that does not count, or has nothing to count.
@@ -135,6 +138,7 @@ class LanguageModule(L.LightningModule):
             "vocab_size": None if size == known else size,
         }
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
+        self.vocab_size = size
         self.net = (net or Decoder)(vocab_size=size, moe=moe)
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
         self.optimizer: OptimizerFactory = optimizer or partial(
@@ -149,6 +153,7 @@ class LanguageModule(L.LightningModule):
         self.val_loss = TokenLoss()
         self.val_accuracy = TokenAccuracy()
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
+        self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
         self._micro_batches: list[MicroBatch] = []
         # Load and tokens [L, E + 1] of the step's micro-batches so far: this device's, and those of all devices.
         self._counts: tuple[Tensor, Tensor] | None = None
@@ -170,23 +175,32 @@ class LanguageModule(L.LightningModule):
         return self.net(batch["tokens"], batch.get("valid"), **source)
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
-        out = self._run(batch)
-        total, targets = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
-        entropy = total / targets.clamp(min=1)
-        found = step_stats(out.routings, entropy)
-        broken = ~torch.isfinite(entropy.detach())
+        out, learned, named = self._learn(batch)
+        found = step_stats(out.routings, learned)
+        targets = count_targets(batch["targets"], batch.get("valid"))
+        broken = ~torch.isfinite(learned.detach())
         micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"], broken))
         terms = [self._term(term, out.routings) for term in self.losses]
         routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
-        loss = entropy + routing
+        loss = learned + routing
         self.train_routing.update(found)
         named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
-        values = {"loss": loss, "cross_entropy": entropy, **named_terms}
+        values = {"loss": loss, **named, **named_terms}
         weights = micro.weights(self._micro_batches[0] if self._micro_batches else None)
         self._micro_batches.append(micro.with_values(values))
         if weights is not None:
-            loss = weights[0] * entropy + weights[1] * routing
+            loss = weights[0] * learned + weights[1] * routing
         return {"loss": loss, "stats": found}
+
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
+        """The model on a batch, what is minimised beside the terms on its records, and what of it is logged.
+
+        Both are means over the real targets of the batch.
+        """
+        out = self._run(batch)
+        total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
+        entropy = total / tokens.clamp(min=1)
+        return out, entropy, {"cross_entropy": entropy}
 
     def _seen(self, own: Seen) -> MicroBatch:
         """A micro-batch, counted over all devices, and for what reads the counts of the step."""
@@ -313,6 +327,13 @@ class LanguageModule(L.LightningModule):
         paths = [getattr(callback, "path", None) for callback in self.trainer.checkpoint_callbacks]
         return next((f"the last good checkpoint is {path}" for path in paths if path), "nothing was saved yet")
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's, where it has one, or those of the files that were imported."""
+        own = None if self.tokenizer is None else self.tokenizer.eos_id
+        size = self.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return origin.end_ids(self.hugging_face, size) if own is None else (own,)
+
     # -- generation ----------------------------------------------------------------------------------------------
 
     def generate(
@@ -325,14 +346,14 @@ class LanguageModule(L.LightningModule):
         top_p: float | None = None,
         num_beams: int = 1,
         length_penalty: float = 0.6,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
         """New token ids one by one, in evaluation mode while one is computed; see `switchkit.generation.stream`.
 
-        `ids` is the prompt, and what an encoder-decoder reads. `eos_id` (None: that of the tokenizer, where it has one)
-        ends the text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
+        `ids` is the prompt, and what an encoder-decoder reads. `eos_id`, or any of several (None: `end_ids`), ends the
+        text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
         the search is over, see `switchkit.generation.generate`.
 
         Raises:
@@ -348,7 +369,7 @@ class LanguageModule(L.LightningModule):
             top_p=top_p,
             num_beams=num_beams,
             length_penalty=length_penalty,
-            eos_id=self.tokenizer.eos_id if eos_id is None and self.tokenizer is not None else eos_id,
+            eos_id=self.end_ids if eos_id is None else eos_id,
             use_cache=use_cache,
             symbols=None if self.tokenizer is None else self.tokenizer.vocab_size,
             generator=generator,
@@ -365,6 +386,7 @@ class LanguageModule(L.LightningModule):
             "model": self.spec,
             "data": None if data is None else describe_object(data),
             "source": source,
+            **({"hugging_face": self.hugging_face} if self.hugging_face else {}),
             "train_routing": self._counted_since_log(),
         }
         if self._counts is not None:
@@ -380,6 +402,7 @@ class LanguageModule(L.LightningModule):
         return {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.hugging_face = origin.carried(checkpoint.get("switchkit", {}), self.tokenizer)
         ours = checkpoint.get("switchkit", {})
         # What was counted on all devices goes on from the first of them.
         first = self._trainer is None or self.global_rank == 0

@@ -24,7 +24,7 @@ from switchkit.dispatch.base import Dispatcher
 from switchkit.losses.base import Loss
 from switchkit.registry import full_path, resolve
 
-__all__ = ["build", "describe", "describe_object", "find_class"]
+__all__ = ["OnMeta", "build", "describe", "describe_object", "find_class"]
 
 # What a file may name. Anything else that is imported (subprocess.Popen, say) stays out of its reach.
 ALLOWED = (
@@ -93,6 +93,14 @@ def build(spec: Any) -> Any:
     return [build(item) for item in spec] if isinstance(spec, list) else spec
 
 
+class OnMeta(partial[nn.Module]):
+    """A factory whose model has shapes, but no memory yet."""
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> nn.Module:
+        with torch.device("meta"):
+            return super().__call__(*args, **keywords)
+
+
 def find_class(path: str) -> type:
     """The class of an import path, if it is registered or imported already.
 
@@ -100,7 +108,7 @@ def find_class(path: str) -> type:
         ValueError: it is not, or it is no part, model, data module or optimizer.
     """
     # What is built in is always there; this imports nothing that the file chose.
-    importlib.import_module("switchkit.module")
+    importlib.import_module("switchkit.distill")
     cls = resolve(path)
     if cls is None:
         module = path.rpartition(".")[0] or path

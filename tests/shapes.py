@@ -18,7 +18,7 @@ import beartype
 import jaxtyping
 
 PACKAGE = Path(__file__).parent.parent / "switchkit"
-FOLDERS = ("routing", "capacity", "experts", "losses", "dispatch", "attention", "models")
+FOLDERS = ("routing", "capacity", "experts", "losses", "dispatch", "attention", "models", "convert")
 FILES = ("records", "stats", "layers", "blocks")
 
 

@@ -33,6 +33,8 @@ class ExpertLanguage(L.Callback):
     Source: switchkit.
     """
 
+    needs_sparse_layers = True
+
     def __init__(self) -> None:
         self._metric: RoutingInformation | None = None
         self._hook: RemovableHandle | None = None

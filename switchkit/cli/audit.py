@@ -6,9 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +15,7 @@ from switchkit import __version__, checkpoints, report
 from switchkit.audit import LONG, Finding, audit, sees_future
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
-from switchkit.cli.lightning import SwitchkitCLI
+from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import target_of
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
@@ -47,20 +45,6 @@ The exit code is 1 if the model sees future tokens, else 0, whatever else was fo
 _STYLE = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 
-class _ModelOnly(SwitchkitCLI):
-    """Model and data of `fit`, whatever devices and strategy the recipe trains with."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
-
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the findings as a table; 1 if the model sees future tokens."""
     arguments, target = _own(argv)
@@ -68,7 +52,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         print(_HELP)
         return 0
     permit = _permit(arguments)
-    cli = _ModelOnly("fit", [*arguments, *permit], execute=False)
+    cli = ModelOnly([*arguments, *permit])
     module = cli.model
     if not isinstance(module, LanguageModule):
         raise UserError(f"model: audit reads a LanguageModule, got a {type(module).__name__}")
@@ -124,7 +108,7 @@ def _permit(arguments: list[str]) -> list[str]:
 
 
 def _title(arguments: list[str], path: str | None) -> str:
-    configs = read_arguments(arguments).configs
+    configs = [str(config) for config in read_arguments(arguments).configs]
     return " + ".join([*configs, *([path] if path else [])]) or "this model"
 
 

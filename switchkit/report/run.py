@@ -19,10 +19,10 @@ from switchkit.report.tables import (
     model_table,
     rows_table,
     source_rows,
-    twin_rows,
 )
+from switchkit.report.twins import twin_rows
 
-__all__ = ["checkpoint_line", "closing", "describe", "opening", "predicted"]
+__all__ = ["checkpoint_line", "closing", "context_of", "describe", "opening", "predicted"]
 
 
 def checkpoint_line(path: str) -> None:
@@ -42,7 +42,8 @@ def opening(cli: Any) -> None:
         out.print(box)
     steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
-    out.print(model_table(_net(module), _context(cli), rows))
+    rows += module.opening_rows() if hasattr(module, "opening_rows") else []
+    out.print(model_table(_net(module), context_of(cli), rows))
 
 
 def describe(cli: Any) -> None:
@@ -53,8 +54,8 @@ def describe(cli: Any) -> None:
     if (box := fallback_box(info)) is not None:
         out.print(box)
     device = ("device", device_name(cli.trainer.strategy.root_device))
-    rows = [*source_rows(info), device, *twin_rows(_net(cli.model), _context(cli))]
-    out.print(model_table(_net(cli.model), _context(cli), rows))
+    rows = [*source_rows(info), device, *twin_rows(cli.model, context_of(cli))]
+    out.print(model_table(_net(cli.model), context_of(cli), rows))
 
 
 def closing(cli: Any) -> None:
@@ -91,6 +92,8 @@ def closing(cli: Any) -> None:
         rows.append(("translation", f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"))
     if (speed := _speed(cli, wall)) is not None:
         rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
+    if hasattr(module, "closing_rows"):
+        rows += module.closing_rows(cli.datamodule, found["val/loss"])
     rows += source_rows(info)
     rows += loads(module.last_load, module.sparse_layers)
     rows += [("checkpoint", str(best or last or "none was saved"))]
@@ -122,7 +125,7 @@ def _net(module: Any) -> Any:
     return getattr(module, "net", module)
 
 
-def _context(cli: Any) -> int:
+def context_of(cli: Any) -> int:
     """Tokens that attention runs over: of the data's windows, sources or longest sentences; else the model's most."""
     lengths = (getattr(cli.datamodule, name, 0) for name in ("context", "inputs_length", "max_source"))
     return int(next(filter(None, lengths), 0) or getattr(_net(cli.model), "context", 1))

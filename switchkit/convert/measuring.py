@@ -1,0 +1,145 @@
+"""What the experts of a model are used for, on some data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from switchkit.layers import MoELayer
+from switchkit.metrics import cross_entropy
+from switchkit.module import LanguageModule
+from switchkit.records import Routing, count_tokens, experts_of, kept_ones, load, sum_weights
+
+__all__ = ["ExpertUse", "Measured", "assumed", "measure"]
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """Sums over the real tokens that one sparse layer saw, in float64 on the CPU."""
+
+    layer: str
+    """Its name in the model, such as ``blocks.1.mlp``."""
+    load: Float[Tensor, "E"]
+    """Assignments of each expert, before the drop."""
+    weight: Float[Tensor, "E"]
+    """Sum of the weights with which its outputs came back; what was dropped came back with none."""
+    tokens: int
+    """Real tokens; 0: nothing was measured, see `assumed`."""
+    together: Float[Tensor, "E E"]
+    """Tokens that were sent to both experts (co-activation); on the diagonal, to the one."""
+    alike: Float[Tensor, "E E"]
+    """Cosine of the router's logits for two experts, over all tokens: what MC-SMoE groups experts by."""
+
+    @property
+    def share(self) -> Float[Tensor, "E"]:
+        """Share of each expert in the assignments; zeros where there was none."""
+        return self.load / self.load.sum().clamp(min=1)
+
+    @property
+    def gate(self) -> Float[Tensor, "E"]:
+        """What an expert's output is multiplied by on average, times the choices of a token.
+
+        It is what `switchkit.convert.merging.feed_forward_of` takes: 1 for weights that sum to one and do not depend on
+        the expert, the mean probability for `switch`. An expert without a token has the mean of all; 1 where nothing
+        was measured.
+        """
+        if not self.tokens or not float(self.load.sum()):
+            return torch.ones_like(self.load)
+        choices, mean = self.load.sum() / self.tokens, self.weight.sum() / self.load.sum()
+        return choices * torch.where(self.load > 0, self.weight / self.load.clamp(min=1), mean)
+
+    @property
+    def total_weight(self) -> float:
+        """Mean over the tokens of the sum of their weights; 1 where nothing was measured."""
+        return float(self.weight.sum()) / self.tokens if self.tokens else 1.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model did with some data."""
+
+    layers: tuple[ExpertUse, ...]
+    """In the order of `LanguageModule.sparse_layers`."""
+    loss: float | None
+    """Mean cross-entropy in nats per token; None where nothing was measured."""
+
+
+@torch.no_grad()
+def measure(module: LanguageModule, batches: Iterable[Mapping[str, Tensor]], *, limit: int | None = None) -> Measured:
+    """Run a model over batches in evaluation, on its own device, and add up its records.
+
+    Args:
+        module: stays as it is, and in the mode that it is in.
+        batches: as `LanguageModule` takes them; a data loader.
+        limit: batches to read; null: all.
+
+    Raises:
+        ValueError: no batch, or none with a real token.
+    """
+    was_training = module.training
+    module.eval()
+    sums: list[list[Tensor]] = []
+    nats, counted = 0.0, 0
+    try:
+        for batch in islice(batches, limit):
+            given = {name: tensor.to(module.device) for name, tensor in batch.items()}
+            source = {name: given[name] for name in ("source", "source_valid") if name in given}
+            out = module.net(given["tokens"], given.get("valid"), **source)
+            total, tokens = cross_entropy(out.logits, given["targets"], given.get("valid"))
+            nats, counted = nats + float(total), counted + int(tokens)
+            found = [_sums(routing) for routing in out.routings]
+            sums = (
+                found
+                if not sums
+                else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
+            )
+    finally:
+        module.train(was_training)
+    if not counted:
+        raise ValueError("nothing to measure: the data gave no batch with a real token")
+    layers = (_use(name, *found) for name, found in zip(module.sparse_layers, sums, strict=True))
+    return Measured(tuple(layers), nats / counted)
+
+
+def assumed(module: LanguageModule) -> Measured:
+    """What stands in for a measurement without data: all experts used alike, as like as the router's rows.
+
+    Raises:
+        ValueError: a router whose experts cannot be compared by a row each.
+    """
+    layers = []
+    for name in module.sparse_layers:
+        layer = module.net.get_submodule(name)
+        assert isinstance(layer, MoELayer)
+        count, rows = layer.num_experts, getattr(layer.router, "weight", None)
+        if not isinstance(rows, Tensor) or rows.shape[:1] != (count,) or rows.dim() != 2:
+            raise ValueError(
+                f"{name}: the router {type(layer.router).__name__} has no row of weights for each expert to tell which "
+                "are alike: measure on data"
+            )
+        ones, rows = torch.ones(count, dtype=torch.float64), rows.detach().double().cpu()
+        layers.append(ExpertUse(name, ones, ones, 0, torch.diag(ones), _cosine(rows @ rows.t())))
+    return Measured(tuple(layers), None)
+
+
+def _sums(routing: Routing) -> list[Tensor]:
+    """What adds up over batches."""
+    sent = experts_of(routing).flatten(0, 1).double()
+    logits = routing.logits.double().masked_fill(~routing.valid.unsqueeze(-1), 0).flatten(0, 1)
+    arrived = sum_weights(replace(routing, chosen=kept_ones(routing)))
+    parts = [load(routing), arrived, count_tokens(routing), sent.t() @ sent, logits.t() @ logits]
+    return [part.double().cpu() for part in parts]
+
+
+def _use(name: str, load: Tensor, weight: Tensor, tokens: Tensor, together: Tensor, gram: Tensor) -> ExpertUse:
+    return ExpertUse(name, load, weight, int(tokens), together, _cosine(gram))
+
+
+def _cosine(gram: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:
+    length = gram.diagonal().sqrt()
+    return gram / (length[:, None] * length).clamp(min=torch.finfo(gram.dtype).tiny)

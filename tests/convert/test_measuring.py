@@ -1,0 +1,124 @@
+"""What experts are used for, against a loop over assignments."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from switchkit import Decoder, EncoderDecoder, Factor, Hash, LanguageModule, MoELayer, Switch, TopK
+from switchkit.convert.measuring import assumed, measure
+
+V = 11
+TIGHT = partial(Factor, train=1.0, eval=0.6)
+
+
+def decoder(router: partial, **more) -> LanguageModule:
+    net = partial(Decoder, d_model=8, num_layers=2, num_heads=2, d_ff=12, num_experts=3, context=10, sparse="every(1)")
+    return LanguageModule(net, moe=partial(MoELayer, router=router, **more), vocab_size=V)
+
+
+def batches(source: bool = False) -> list[dict[str, torch.Tensor]]:
+    made = []
+    for rows, length in ((3, 10), (2, 7)):
+        valid = torch.ones(rows, length, dtype=torch.bool)
+        valid[0, 4:] = False
+        one = {"tokens": torch.randint(V, (rows, length)), "targets": torch.randint(V, (rows, length)), "valid": valid}
+        made.append({**one, "source": one["targets"], "source_valid": valid} if source else one)
+    return made
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": Switch},
+        {"router": partial(TopK, k=2)},
+        {"router": partial(TopK, k=2, normalize="after"), "capacity": TIGHT},
+    ],
+    ids=["switch", "top_k", "dropping"],
+)
+def test_measured_against_a_loop(moe: dict, source: bool) -> None:
+    module = decoder(**moe)
+    if source:
+        net = partial(
+            EncoderDecoder, d_model=8, encoder_layers=2, decoder_layers=1, num_heads=2, num_experts=3, sparse=[0]
+        )
+        module = LanguageModule(net, moe=partial(MoELayer, **moe), vocab_size=V)
+    data = batches(source)
+    found = measure(module, data)
+    assert [use.layer for use in found.layers] == module.sparse_layers
+    nats, count, seen = 0.0, 0, []
+    for batch in data:
+        more = {name: batch[name] for name in ("source", "source_valid") if name in batch}
+        out = module.eval().net(batch["tokens"], batch["valid"], **more)
+        seen.append(out.routings)
+        for row in range(len(batch["tokens"])):
+            for place in range(batch["tokens"].shape[1]):
+                if batch["valid"][row, place]:
+                    nats -= F.log_softmax(out.logits[row, place].detach(), -1)[batch["targets"][row, place]].item()
+                    count += 1
+    assert found.loss == pytest.approx(nats / count, rel=1e-6)
+    for index, use in enumerate(found.layers):
+        load, weight, together, tokens = [0] * 3, [0.0] * 3, [[0] * 3 for _ in range(3)], 0
+        logits = []
+        for routings in seen:
+            routing = routings[index]
+            for g in range(len(routing.valid)):
+                tokens += int(routing.valid[g].sum())
+                logits += [routing.logits[g, s].detach() for s in range(routing.valid.shape[1]) if routing.valid[g, s]]
+                sent: dict[int, set[int]] = {}
+                for n in range(routing.token.shape[1]):
+                    if routing.chosen[g, n]:
+                        expert = int(routing.expert[g, n])
+                        load[expert] += 1
+                        weight[expert] += float(routing.weight[g, n].detach()) * bool(routing.kept[g, n])
+                        sent.setdefault(int(routing.token[g, n]), set()).add(expert)
+                for experts in sent.values():
+                    for a in experts:
+                        for b in experts:
+                            together[a][b] += 1
+        assert use.tokens == tokens
+        assert use.load.tolist() == load
+        assert use.together.tolist() == together
+        assert use.weight.tolist() == pytest.approx(weight, rel=1e-5)
+        assert use.total_weight == pytest.approx(sum(weight) / tokens, rel=1e-5)
+        gates = [weight[e] / load[e] * sum(load) / tokens if load[e] else sum(weight) / tokens for e in range(3)]
+        assert use.gate.tolist() == pytest.approx(gates, rel=1e-5)
+        table = torch.stack(logits).double()
+        cosine = F.cosine_similarity(table.t()[:, None], table.t()[None], dim=-1)
+        torch.testing.assert_close(use.alike, cosine, rtol=1e-6, atol=1e-6)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    module = decoder(partial(Switch, jitter=0.5)).train()
+    first, second = (measure(module, batch) for batch in [batches()[:1]] * 2)
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert first.loss == second.loss
+
+
+def test_a_limit_reads_so_many() -> None:
+    module, data = decoder(Switch), batches()
+    assert measure(module, data, limit=1).loss == measure(module, data[:1]).loss
+    assert measure(module, data).loss != measure(module, data[:1]).loss
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="no batch with a real token"):
+        measure(decoder(Switch), [])
+
+
+def test_without_data_all_are_used_alike() -> None:
+    module = decoder(Switch)
+    use = assumed(module).layers[1]
+    assert use.share.tolist() == [pytest.approx(1 / 3)] * 3
+    assert use.gate.tolist() == [1.0] * 3
+    assert use.total_weight == 1.0
+    rows = module.net.blocks[1].mlp.router.weight.detach()
+    wanted = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    torch.testing.assert_close(use.alike.float(), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="Hash has no row of weights for each expert"):
+        assumed(decoder(Hash))
