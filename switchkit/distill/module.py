@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.data.tokenizers import Tokenizer
@@ -194,9 +193,7 @@ class DistillModule(LanguageModule):
             )
         return super()._run(batch)
 
-    def _learn(
-        self, batch: Mapping[str, Tensor]
-    ) -> tuple[Output, Float[Tensor, ""], Int[Tensor, ""], dict[str, Tensor]]:
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
         if not self.alpha and not self.matching.active:
             return super()._learn(batch)
         ours, theirs = self.matching.watch(self.net, self.teacher.net)
@@ -210,8 +207,7 @@ class DistillModule(LanguageModule):
         )
         terms = self.matching(seen, within, batch)
         loss = found.loss + self.matching.weighted(terms)
-        real = torch.full_like(targets, True, dtype=torch.bool) if valid is None else valid
-        return out, loss, real.sum(), {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+        return out, loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
