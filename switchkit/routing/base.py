@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "RouterFactory",
     "best_expert",
     "check_k",
+    "full_precision",
     "project",
     "softmax",
     "token_choice",
@@ -115,7 +117,7 @@ class LinearRouter(Router):
 
     def logits(self, tokens: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
         """``x W^T`` of the tokens, jittered in training."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             half = self.precision == "bfloat16"
             x = tokens.to(torch.bfloat16 if half else torch.promote_types(tokens.dtype, torch.float32))
             if self.training and self.jitter:
@@ -128,6 +130,12 @@ class LinearRouter(Router):
         """What losses read of the router itself, for `token_choice(..., extras=...)`: "rows" [E, D], its weights."""
         # A copy: FSDP frees the gathered parameter after forward, before a loss reads it.
         return {"rows": self.weight.clone()}
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Outside autocast; nothing at all where there is none, for its context costs as much as a small product."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def project(x: Float[Tensor, "G S D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "G S E"]:
@@ -168,14 +176,16 @@ def token_choice(
 ) -> Routing:
     """The record of a router where each token chooses K experts; padding is never chosen."""
     groups, size, k = expert.shape
-    token = torch.arange(size, device=expert.device).repeat_interleave(k).expand(groups, size * k)
+    token = torch.arange(size, device=expert.device)
+    if k > 1:
+        token = token.repeat_interleave(k)
     made = valid.unsqueeze(-1).expand_as(expert)
     if chosen is not None:
         made = made & chosen
     return Routing(
         logits=logits,
         probs=probs,
-        token=token,
+        token=token.expand(groups, size * k),
         expert=expert.reshape(groups, size * k),
         weight=weight.reshape(groups, size * k),
         chosen=made.reshape(groups, size * k),
