@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.evaluation import evaluate
-from switchkit.distill.loss import distillation_loss
+from switchkit.distill.loss import distillation_loss, real
 from switchkit.distill.matching import Matching
 from switchkit.distill.student import Inherited, Init, inherit, merge_experts
 from switchkit.distill.teacher import Precision, Teacher, open_teacher
@@ -209,8 +209,8 @@ class DistillModule(LanguageModule):
         )
         terms = self.matching(seen, within, batch)
         loss = found.loss + self.matching.weighted(terms)
-        real = torch.full_like(targets, True, dtype=torch.bool) if valid is None else valid
-        return out, loss, real.sum(), {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+        named = {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+        return out, loss, real(targets, valid).sum(), named
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
