@@ -21,7 +21,7 @@ from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
-from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, cross_entropy, step_stats
+from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
 from switchkit.parallel.norm import total_norm
@@ -175,8 +175,9 @@ class LanguageModule(L.LightningModule):
         return self.net(batch["tokens"], batch.get("valid"), **source)
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
-        out, learned, targets, named = self._learn(batch)
+        out, learned, named = self._learn(batch)
         found = step_stats(out.routings, learned)
+        targets = count_targets(batch["targets"], batch.get("valid"))
         broken = ~torch.isfinite(learned.detach())
         micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"], broken))
         terms = [self._term(term, out.routings) for term in self.losses]
@@ -191,15 +192,15 @@ class LanguageModule(L.LightningModule):
             loss = weights[0] * learned + weights[1] * routing
         return {"loss": loss, "stats": found}
 
-    def _learn(
-        self, batch: Mapping[str, Tensor]
-    ) -> tuple[Output, Float[Tensor, ""], Int[Tensor, ""], dict[str, Tensor]]:
-        """The model on a batch, what is minimised beside the terms on its records (a mean over the real targets), how
-        many these are, and what of it is logged."""
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
+        """The model on a batch, what is minimised beside the terms on its records, and what of it is logged.
+
+        Both are means over the real targets of the batch.
+        """
         out = self._run(batch)
-        total, targets = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
-        entropy = total / targets.clamp(min=1)
-        return out, entropy, targets, {"cross_entropy": entropy}
+        total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
+        entropy = total / tokens.clamp(min=1)
+        return out, entropy, {"cross_entropy": entropy}
 
     def _seen(self, own: Seen) -> MicroBatch:
         """A micro-batch, counted over all devices, and for what reads the counts of the step."""
@@ -401,8 +402,8 @@ class LanguageModule(L.LightningModule):
         return {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.hugging_face = origin.carried(checkpoint.get("switchkit", {}), self.tokenizer)
         ours = checkpoint.get("switchkit", {})
-        self.hugging_face = origin.carried(ours, self.tokenizer)
         # What was counted on all devices goes on from the first of them.
         first = self._trainer is None or self.global_rank == 0
         for name, value in ours.get("train_routing", {}).items():

@@ -45,7 +45,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     module = LanguageModule.load_from_checkpoint(path, map_location=device).to(device).eval()
     tokenizer = module.tokenizer
     if tokenizer is None:
-        raise UserError(f"{path}: the checkpoint has no tokenizer, so it cannot read a prompt")
+        raise UserError(
+            f"{path}: the checkpoint has no tokenizer, so it cannot read a prompt. Import it again with its "
+            "tokenizer.json in the folder, or train it on data with a tokenizer (fit --init_from)"
+        )
     prefix = _prefix(options, str(path), module, tokenizer)
     jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
     if options.prompt_file != "-":

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.evaluation import evaluate
-from switchkit.distill.loss import distillation_loss, real
+from switchkit.distill.loss import distillation_loss
 from switchkit.distill.matching import Matching
 from switchkit.distill.student import Inherited, Init, inherit, merge_experts
 from switchkit.distill.teacher import Precision, Teacher, open_teacher
@@ -193,9 +193,7 @@ class DistillModule(LanguageModule):
             )
         return super()._run(batch)
 
-    def _learn(
-        self, batch: Mapping[str, Tensor]
-    ) -> tuple[Output, Float[Tensor, ""], Int[Tensor, ""], dict[str, Tensor]]:
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
         if not self.alpha and not self.matching.active:
             return super()._learn(batch)
         ours, theirs = self.matching.watch(self.net, self.teacher.net)
@@ -209,8 +207,7 @@ class DistillModule(LanguageModule):
         )
         terms = self.matching(seen, within, batch)
         loss = found.loss + self.matching.weighted(terms)
-        named = {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
-        return out, loss, real(targets, valid).sum(), named
+        return out, loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -139,6 +139,13 @@ def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):
     assert len(generate(run, "--prompt", "abc", ckpt="wide.ckpt")) == 24
 
 
+def test_a_checkpoint_without_a_vocabulary_says_how_to_get_one(folder, run):
+    save("bare.ckpt", LanguageModule(NET, vocab_size=10))
+    code, out, err = run("generate", "--ckpt_path", "bare.ckpt", "--prompt", "abc")
+    assert (code, out) == (2, "")
+    assert "has no tokenizer, so it cannot read a prompt. Import it again with its tokenizer.json in the folder" in err
+
+
 PROMPTS = ["abc", "d e f", " gh", "a", "hhhh", "c", "ab", "b b"]
 
 

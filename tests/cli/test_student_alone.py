@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from switchkit import DistillModule, LanguageModule
-from switchkit.metrics import cross_entropy
+from switchkit import LanguageModule
 
 # Of Lightning and jsonargparse, as in every run.
 pytestmark = [
@@ -46,18 +44,3 @@ def test_no_teacher_says_which_two_commands_make_one(run) -> None:
     assert code == 2
     assert len(err.splitlines()) == 1
     assert err.count("switchkit fit --config") == 2
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_a_micro_batch_weighs_by_the_targets_that_count(teacher: Path, padded: bool) -> None:
-    """By those that plain training counts: neither padding nor -100, so that the step is one mean over them."""
-    module = DistillModule(teacher=str(teacher))
-    draw = torch.Generator().manual_seed(0)
-    size = module.teacher.tokenizer.vocab_size
-    tokens, targets = torch.randint(size, (2, 2, 6), generator=draw)
-    targets[0, :2] = -100
-    batch = {"tokens": tokens, "targets": targets}
-    if padded:
-        batch["valid"] = torch.arange(6).expand(2, 6) < torch.tensor([[4], [6]])
-    out, _, counted, _ = module._learn(batch)
-    assert int(counted) == int(cross_entropy(out.logits, targets, batch.get("valid"))[1]) == (8 if padded else 10)
