@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": ("shrink", "merge experts of a checkpoint that are alike"),
     "to-dense": ("shrink", "make a dense checkpoint of a sparse one"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),
+    "distill-report": ("distill_report", "say how much of a mixture's gain its distilled students keep"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
     "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),
     "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),

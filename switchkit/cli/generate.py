@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from switchkit.data.tokenizers import Tokenizer
     from switchkit.module import LanguageModule
 
-__all__ = ["run"]
+__all__ = ["device_of", "run"]
 
 BETWEEN = "-" * 20
 """The line between two texts."""
@@ -39,7 +39,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.module import LanguageModule
 
-    device = _device(options.device)
+    device = device_of(options.device)
     path = checkpoint_path(options.ckpt_path, options.default_root_dir)
     print(f"switchkit: {path}", file=sys.stderr)
     module = LanguageModule.load_from_checkpoint(path, map_location=device).to(device).eval()
@@ -202,7 +202,8 @@ def _parser(command: str) -> OptionParser:
     return parser
 
 
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
+    """The device of ``--device``; the fastest there is for None."""
     import torch
 
     if name is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from jaxtyping import Float
@@ -98,6 +98,8 @@ class DistillModule(LanguageModule):
             raise ValueError(f"alpha is the teacher's share of the loss, from 0 to 1; got {alpha}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
+        if init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}; got {init!r}")
         if init_batches < 1:
             raise ValueError(f"init_batches must be at least 1; got {init_batches}")
         asked = open_teacher(teacher, teacher_precision)
@@ -186,16 +188,21 @@ class DistillModule(LanguageModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Mapping[str, Tensor]) -> Output:
-        if ("source" in batch) != (_family(self.net) == "encoder_decoder"):
+        self._check_kind(batch)
+        return super()._run(batch)
+
+    def _check_kind(self, batch: Mapping[str, Tensor]) -> None:
+        own = _family(self.net)
+        if ("source" in batch) != (own == "encoder_decoder"):
             raise ValueError(
-                f"the teacher and the student are {_A[_family(self.net)][2:]}s, and the data are for the other kind of "
+                f"the teacher and the student are {own.replace('_', '-')}s, and the data are for the other kind of "
                 "model (batches with a source are an encoder-decoder's): give data of the teacher's kind"
             )
-        return super()._run(batch)
 
     def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
         if not self.alpha and not self.matching.active:
             return super()._learn(batch)
+        self._check_kind(batch)
         ours, theirs = self.matching.watch(self.net, self.teacher.net)
         with theirs as within:
             told = self.teacher(batch)
@@ -295,8 +302,6 @@ def _twin(teacher: Teacher, vocab_size: int) -> NetFactory:
     try:
         spec = dense_spec(teacher.spec, vocab_size=vocab_size)
     except ValueError as error:
-        raise ValueError(
-            f"no student of its own follows from this teacher ({error}); give the student's net"
-        ) from error
+        raise ValueError(f"no student follows from this teacher by itself ({error}); give net") from error
     factory: NetFactory = build(spec["init_args"]["net"])
     return factory
