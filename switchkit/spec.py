@@ -108,7 +108,7 @@ def find_class(path: str) -> type:
         ValueError: it is not, or it is no part, model, data module or optimizer.
     """
     # What is built in is always there; this imports nothing that the file chose.
-    importlib.import_module("switchkit.module")
+    importlib.import_module("switchkit.distill")
     cls = resolve(path)
     if cls is None:
         module = path.rpartition(".")[0] or path

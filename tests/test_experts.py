@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchkit import Experts, GatedMlp, Mixed, Mlp, MoELayer, Null, Rows, Shared, named
+from switchkit.counts import count
 from switchkit.experts import grouped
-from switchkit.report.counts import count
 
 # The one file that the import hook leaves out, see shapes.py.
 grouped_linear = jaxtyping.jaxtyped(grouped.grouped_linear, typechecker=beartype.beartype)

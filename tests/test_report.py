@@ -5,28 +5,20 @@ from __future__ import annotations
 from functools import partial
 from io import StringIO
 
-import pytest
 import torch
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from switchkit import (
-    Attention,
     Decoder,
     Einsum,
-    EncoderDecoder,
     Factor,
-    FeedForward,
-    GatedMlp,
-    LatentAttention,
+    LanguageModule,
     MoELayer,
-    Padded,
-    RoundRobin,
     TopK,
 )
 from switchkit.report import count
-from switchkit.report.tables import loads, model_table, twin_rows
+from switchkit.report.tables import loads, model_table
+from switchkit.report.twins import twin_rows
 
 CONTEXT = 8
 
@@ -34,53 +26,6 @@ CONTEXT = 8
 def decoder(**more: object) -> Decoder:
     sizes = {"d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 24, "num_experts": 4, "context": CONTEXT}
     return Decoder(11, **{**sizes, **more})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "moe",
-    [
-        partial(MoELayer, router=partial(TopK, k=2), dispatcher=Padded),
-        partial(MoELayer, router=partial(TopK, k=1), dispatcher=Padded, experts=GatedMlp),
-        partial(MoELayer, router=partial(RoundRobin, k=2), dispatcher=Padded),
-    ],
-)
-def test_flops_equal_those_that_torch_counts(moe: partial[MoELayer]) -> None:
-    """With an even load nothing is padded, so the padded products are the very rows that were sent."""
-    model = decoder(sparse=[0, 2], moe=moe).eval()
-    for layer in model.modules():
-        if isinstance(layer, MoELayer) and not isinstance(layer.router, RoundRobin):
-            torch.nn.init.zeros_(layer.router.weight)
-    tokens = torch.randint(11, (2, CONTEXT))
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        rows = [r.load.sum(0) for r in model(tokens).routings]
-    sizes = count(model, CONTEXT)
-    # The counter sees the padded buffers: take what they hold beyond the rows that were sent off again.
-    layer = next(m for m in model.modules() if isinstance(m, MoELayer))
-    per_row = 2 * sum(p[0].numel() for p in layer.experts.parameters())
-    padding = sum(int(r.max() * len(r) - r.sum()) for r in rows) * per_row
-    assert counter.get_total_flops() - padding == sizes.flops * tokens.numel()
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        decoder(tied=False, sparse=[], attention=partial(Attention, num_kv_heads=1, head_width=6)),
-        decoder(sparse=[], attention=partial(LatentAttention, kv_rank=6, nope_width=3, rope_width=4, v_width=5)),
-        decoder(sparse=[], feed_forward=partial(FeedForward, gated=True)),
-        EncoderDecoder(11, d_model=16, encoder_layers=2, decoder_layers=1, num_heads=2, d_ff=24, sparse=[]),
-        EncoderDecoder(11, d_model=16, encoder_layers=1, num_heads=2, head_width=6, d_ff=24, sparse=[], tied=False),
-    ],
-    ids=["grouped", "latent", "gated", "encoder-decoder", "untied"],
-)
-def test_flops_of_other_models_equal_those_that_torch_counts(model: torch.nn.Module) -> None:
-    """Of an encoder-decoder for a source and a target of the same length, a token of each counted together."""
-    tokens = torch.randint(11, (2, CONTEXT))
-    given = {"source": tokens} if isinstance(model, EncoderDecoder) else {}
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(tokens, **given)
-    assert counter.get_total_flops() == count(model, CONTEXT).flops * tokens.numel()
 
 
 def test_the_table_names_parts_and_their_options() -> None:
@@ -99,36 +44,22 @@ def test_the_table_names_parts_and_their_options() -> None:
         assert words in shown
 
 
-def test_parameters_and_active_parameters() -> None:
-    model = decoder(sparse=[1], moe=partial(MoELayer, router=partial(TopK, k=2)))
-    sizes = count(model, CONTEXT)
-    assert sizes.parameters == sum(p.numel() for p in model.parameters())
-    idle = [p for n, p in model.named_parameters() if "experts" in n]
-    assert sizes.active == sizes.parameters - sum(p[:2].numel() for p in idle)
+def rows_of(moe: object = None, **more: object) -> dict[str, str]:
+    sizes = {"d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 24, "num_experts": 4, "context": CONTEXT}
+    net = partial(Decoder, **{**sizes, **more})  # type: ignore[arg-type]
+    return dict(twin_rows(LanguageModule(net, moe=moe, vocab_size=11), CONTEXT))  # type: ignore[arg-type]
 
 
-def test_the_twin_has_the_same_operations_without_the_router() -> None:
-    sparse = decoder(sparse=[0, 2], expert_d_ff=12, moe=partial(MoELayer, router=partial(TopK, k=2)))
-    dense = decoder(sparse=[])
-    assert count(sparse, CONTEXT).matched == count(dense, CONTEXT).flops
-    rows = dict(twin_rows(sparse, CONTEXT))
-    assert f"{count(dense, CONTEXT).parameters:,}" in rows["  parameters"]
-    assert "--model.net.sparse=[]" in rows["dense twin"]
+def test_the_twin_of_a_table_is_that_of_dense_spec() -> None:
+    rows = rows_of(sparse=[0, 2], expert_d_ff=12, moe=partial(MoELayer, router=partial(TopK, k=2)))
+    assert f"{count(decoder(sparse=[]), CONTEXT).parameters:,}" in rows["  parameters"]
+    assert "d_ff 24:" in rows["dense twin"]
+    assert "d_ff [48, 24, 24]" in rows_of(sparse=[0], expert_d_ff=48)["dense twin"]
 
 
-def test_the_twin_of_a_gated_model_is_gated() -> None:
-    gated = {"feed_forward": partial(FeedForward, gated=True)}
-    sparse = decoder(sparse=[0, 2], moe=partial(MoELayer, experts=GatedMlp), **gated)
-    rows = dict(twin_rows(sparse, CONTEXT))
-    assert "a gated feed-forward layer of width 24" in rows["dense twin"]
-    assert count(sparse, CONTEXT).matched == count(decoder(sparse=[], **gated), CONTEXT).flops
-
-
-def test_a_twin_that_needs_other_sizes_says_so() -> None:
-    rows = dict(twin_rows(decoder(sparse=[0], expert_d_ff=48), CONTEXT))
-    assert "--model.net.sparse" not in rows["dense twin"]
-    assert "48" in rows["dense twin"]
-    assert dict(twin_rows(decoder(sparse=[]), CONTEXT))["dense twin"] == "this model is dense already"
+def test_what_has_no_twin_says_so() -> None:
+    assert rows_of(sparse=[])["dense twin"].startswith("none: this model is dense already")
+    assert dict(twin_rows(torch.nn.Linear(2, 2), CONTEXT)).keys() == {"dense twin"}
 
 
 def test_load_bars() -> None:

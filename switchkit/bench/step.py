@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from switchkit.bench.timing import clock_of, interleave
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.recipes import find_config
+from switchkit.counts import count
 from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
 from switchkit.module import LanguageModule
-from switchkit.report.counts import count
+from switchkit.twins import dense_spec
 
 __all__ = ["Bare", "measure", "read", "twin_of"]
 
@@ -123,7 +125,11 @@ def read(arguments: list[str], device: torch.device, folder: str) -> Recipe:
 
 
 def twin_of(name: str, module: LanguageModule) -> list[str]:
-    """The arguments of the dense twin: the recipe of that name with ``_dense``, else the same one without mixtures."""
+    """The arguments of the dense twin: the recipe of that name with ``_dense``, else the same with `dense_spec`.
+
+    Raises:
+        UserError, ValueError: a dense model, one without a twin of equal FLOPs.
+    """
     layers = [layer for layer in module.net.modules() if isinstance(layer, MoELayer)]
     if not layers:
         raise UserError(f"--recipe {name}: this model is dense; give a recipe with sparse layers")
@@ -131,9 +137,9 @@ def twin_of(name: str, module: LanguageModule) -> list[str]:
     beside = path.with_name(f"{path.stem}_dense{path.suffix}")
     if beside.is_file():
         return ["--config", str(beside)]
-    width = layers[0].router.k * layers[0].d_ff
-    changes = ["--model.net.sparse=[]", f"--model.net.d_ff={width}", "--model.losses=[]"]
-    return ["--config", str(path), *changes]
+    net: Any = module.net
+    dense = dense_spec(module.spec, vocab_size=net.vocab_size)["init_args"]["net"]
+    return ["--config", str(path), f"--model.net={json.dumps(dense)}", "--model.moe=null", "--model.losses=[]"]
 
 
 def _found(name: str) -> str:

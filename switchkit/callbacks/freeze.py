@@ -33,6 +33,8 @@ class FreezeRouter(L.Callback):
     Source: switchkit.
     """
 
+    needs_sparse_layers = True
+
     def __init__(self, after: int = 0, until: int | None = None) -> None:
         if after < 0:
             raise ValueError(f"after must be at least 0; got {after}")

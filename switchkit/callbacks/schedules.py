@@ -45,6 +45,8 @@ class CapacitySchedule(L.Callback):
     Source: switchkit.
     """
 
+    needs_sparse_layers = True
+
     def __init__(self, start: float, end: float | None, steps: int, begin: int = 0) -> None:
         for name, factor in (("start", start), ("end", end)):
             if factor is not None and not 0 < factor < math.inf:
@@ -102,6 +104,8 @@ class JitterSchedule(L.Callback):
 
     Source: switchkit; the jitter is that of arXiv 2101.03961, appendix C.
     """
+
+    needs_sparse_layers = True
 
     def __init__(self, start: float, end: float, steps: int, begin: int = 0) -> None:
         for name, jitter in (("start", start), ("end", end)):

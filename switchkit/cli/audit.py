@@ -52,7 +52,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         print(_HELP)
         return 0
     permit = _permit(arguments)
-    cli = ModelOnly("fit", [*arguments, *permit], execute=False)
+    cli = ModelOnly([*arguments, *permit])
     module = cli.model
     if not isinstance(module, LanguageModule):
         raise UserError(f"model: audit reads a LanguageModule, got a {type(module).__name__}")
@@ -108,7 +108,7 @@ def _permit(arguments: list[str]) -> list[str]:
 
 
 def _title(arguments: list[str], path: str | None) -> str:
-    configs = read_arguments(arguments).configs
+    configs = [str(config) for config in read_arguments(arguments).configs]
     return " + ".join([*configs, *([path] if path else [])]) or "this model"
 
 

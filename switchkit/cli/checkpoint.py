@@ -9,13 +9,13 @@ from typing import Any
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Source
 
-__all__ = ["checkpoint_path", "given_checkpoint", "read_checkpoint"]
+__all__ = ["checkpoint_path", "given_checkpoint", "read_checkpoint", "root_dir"]
 
 
 def given_checkpoint(sources: Sequence[Source], option: str = "ckpt_path") -> Path | None:
     """The checkpoint that the last source to say so names."""
     given = [source.values[option] for source in sources if option in source.values]
-    return None if not given or given[-1] in (None, "null") else checkpoint_path(given[-1], _root_dir(sources), option)
+    return None if not given or given[-1] in (None, "null") else checkpoint_path(given[-1], root_dir(sources), option)
 
 
 def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
@@ -39,10 +39,11 @@ def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
     return path
 
 
-def read_checkpoint(path: Path) -> tuple[Source, Any]:
+def read_checkpoint(path: Path, *, resume: bool = False) -> tuple[Source, Any]:
     """The settings of model and data that a checkpoint holds, and its tokenizer's.
 
-    The tokenizer is set apart: it belongs to the data, from which the model gets it.
+    The tokenizer is set apart: it belongs to the data, from which the model gets it. With `resume` the model is what
+    trained it, where that is more than what it became (a student that still has a teacher).
 
     Raises:
         ValueError: no checkpoint of ours, or a class in it is not imported (a checkpoint never causes an import).
@@ -50,7 +51,7 @@ def read_checkpoint(path: Path) -> tuple[Source, Any]:
     from switchkit import checkpoints
 
     settings = checkpoints.read_settings(path)
-    model, tokenizer = settings.get("model"), None
+    model, tokenizer = (resume and settings.get("resume")) or settings.get("model"), None
     if model:
         arguments = dict(model.get("init_args") or {})
         tokenizer = arguments.pop("tokenizer", None)
@@ -59,7 +60,8 @@ def read_checkpoint(path: Path) -> tuple[Source, Any]:
     return Source({key: value for key, value in values.items() if value}, str(path)), tokenizer
 
 
-def _root_dir(sources: Sequence[Source]) -> str:
+def root_dir(sources: Sequence[Source]) -> str:
+    """The folder below which the runs lie."""
     found = "runs"
     for source in sources:
         trainer = source.values.get("trainer")

@@ -26,8 +26,6 @@ class Conversion:
     path: Path
     out: Path
     module: LanguageModule
-    config: dict[str, Any]
-    """The config.json it came from, if it did."""
     data: dict[str, Any] | None
     source: dict[str, Any] | None
 
@@ -48,21 +46,24 @@ class Conversion:
         path = Path(options.checkpoint).expanduser()
         if options.checkpoint == "last":
             path = checkpoints.last(Path(options.default_root_dir))
-        module, config = open_checkpoint(path)
+        module = open_checkpoint(path)
         settings = checkpoints.read_settings(path)
-        return cls(path, out, module, config, settings["data"], settings["source"])
+        return cls(path, out, module, settings["data"], settings["source"])
 
     @property
-    def go_on(self) -> str:
-        """The command that trains what was made."""
-        data = "" if self.data is not None else " --data TextData --data.path FILE"
-        return f"switchkit fit --ckpt_path {self.out}{data} --trainer.max_steps 1000"
+    def data_name(self) -> str:
+        """What ``--data`` calls the class of its data."""
+        return (
+            "TextData"
+            if self.data is None
+            else str(self.data["class_path"]).removeprefix("switchkit.data.").rpartition(".")[2]
+        )
 
     def save(self, module: LanguageModule) -> None:
         """Write a model with the tokenizer, the data settings and the source of the one that was read."""
         from switchkit.interop.files import save_checkpoint
 
-        save_checkpoint(module, self.out, self.config or None, data=self.data, source=self.source)
+        save_checkpoint(module, self.out, data=self.data, source=self.source)
 
 
 def conversion_parser(command: str, description: str) -> OptionParser:

@@ -1,16 +1,63 @@
-"""``switchkit describe``: the model that a recipe builds, without training it."""
+"""``switchkit describe``: the model that a recipe builds, without training it, and its dense twin."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from switchkit import report
+from switchkit.cli.errors import UserError, near
 from switchkit.cli.lightning import build
 
 __all__ = ["run"]
 
+_HELP = """usage: switchkit describe --config NAME [--config ...] [--twin flops|params [--out FILE]] [--KEY VALUE ...]
+
+Show the model that a recipe builds: sizes, FLOPs per token, parts, its dense twin. Nothing is trained.
+
+options:
+  --config NAME     a YAML file or the name of a recipe; give several: later ones win
+  --ckpt_path PATH  the settings of a checkpoint (`last`: the newest)
+  --twin flops      write the recipe of the dense model of equal FLOPs per token, which `switchkit fit` trains
+  --twin params     the same of equal parameters
+  --out FILE        where to, instead of stdout; a file that exists is left alone
+  --plugins MODULE  modules to import first, such as my_file
+  --KEY VALUE       any setting of `switchkit fit`, such as --model.moe.router top_k"""
+
+_TWINS = ("flops", "params")
+
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Print the table that opens a training run. Takes the options of ``switchkit fit``."""
-    report.describe(build(argv))
-    return 0
+    """Print the table that opens a training run, or write the recipe of the dense twin."""
+    rest, own = _own(argv)
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(_HELP)
+        return 0
+    match, out = own.get("--twin"), own.get("--out")
+    if match is None:
+        if out is not None:
+            raise UserError("--out is where --twin writes to: give --twin flops or --twin params too")
+        report.describe(build(rest))
+        return 0
+    if match not in _TWINS:
+        raise UserError(f"--twin {match}: expected {' or '.join(_TWINS)}{near(match, _TWINS)}")
+    from switchkit.cli.twin import write
+
+    return write(rest, "flops" if match == "flops" else "params", None if out is None else Path(out))
+
+
+def _own(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments of `fit`, and the values of the options that are this command's own."""
+    rest: list[str] = []
+    own: dict[str, str] = {}
+    given = iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name not in ("--twin", "--out"):
+            rest.append(argument)
+            continue
+        value = value if equals else next(given, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{name} needs a value: {name} {'flops|params' if name == '--twin' else 'FILE'}")
+        own[name] = value
+    return rest, own

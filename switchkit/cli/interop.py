@@ -42,11 +42,11 @@ def _import(command: str, argv: Sequence[str]) -> int:
     out = new_file(options.out)
 
     from switchkit.interop.files import save_checkpoint
-    from switchkit.interop.importing import read_folder
+    from switchkit.interop.importing import import_hf
 
-    module, config = read_folder(options.folder, context=options.context, tokenizer=not options.no_tokenizer)
-    save_checkpoint(module, out, config)
-    say(f"{config['model_type']}, {_told(module)}: wrote {out}")
+    module = import_hf(options.folder, context=options.context, tokenizer=not options.no_tokenizer)
+    save_checkpoint(module, out)
+    say(f"{module.hugging_face['config']['model_type']}, {_told(module)}: wrote {out}")
     return 0
 
 
@@ -81,10 +81,9 @@ def _export(command: str, argv: Sequence[str]) -> int:
     path = Path(options.checkpoint).expanduser()
     if options.checkpoint == "last":
         path = checkpoints.last(Path(options.default_root_dir))
-    module, config = open_checkpoint(path)
-    if options.like is not None:
-        config = read_object(Path(options.like).expanduser() / "config.json")
-    family = export_hf(module, options.out, family=options.family, like=config, shard_size=options.max_shard_size)
+    module = open_checkpoint(path)
+    like = None if options.like is None else read_object(Path(options.like).expanduser() / "config.json")
+    family = export_hf(module, options.out, family=options.family, like=like, shard_size=options.max_shard_size)
     say(f"{family}, {_told(module)}: wrote {options.out}")
     return 0
 

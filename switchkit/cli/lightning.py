@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import traceback
@@ -19,15 +20,17 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from switchkit import __version__, checkpoints
+from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
 from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
-from switchkit.cli.errors import UserError
+from switchkit.cli.errors import UserError, first_process
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
+from switchkit.module import LanguageModule
+from switchkit.origin import carried
 
 __all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
 
@@ -70,6 +73,11 @@ class SwitchkitCLI(LightningCLI):
             },
             auto_configure_optimizers=False,
         )
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """What was given of the settings, without the defaults of everything else; class paths in full."""
+        return copy.deepcopy(self._tree)
 
     @property
     def _out(self) -> str | None:
@@ -134,7 +142,8 @@ class SwitchkitCLI(LightningCLI):
         if self.arguments.part_help is not None:
             sys.stdout.write(part_help(self.command, self.arguments))
             raise SystemExit(0)
-        self.config = parser.parse_object({"subcommand": self.command, self.command: self._tree})
+        # jsonargparse would turn the parts of a list into its own kind, in place.
+        self.config = parser.parse_object({"subcommand": self.command, self.command: self.tree})
         if self.arguments.print_config is not None:
             self._print_config(self.arguments.print_config)
             raise SystemExit(0)
@@ -166,7 +175,10 @@ class SwitchkitCLI(LightningCLI):
         if path is None or self.settings.get("ckpt_path") is not None:
             return
         try:
-            self.model.load_state_dict(checkpoints.read(Path(path))["state_dict"])
+            content = checkpoints.read(Path(path))
+            self.model.load_state_dict(content["state_dict"])
+            if isinstance(self.model, LanguageModule):
+                self.model.hugging_face = carried(content["switchkit"], self.model.tokenizer)
         except ValueError as error:
             raise UserError(
                 f"--init_from {path}: {error}. A recipe that names net or moe replaces the checkpoint's: give the "
@@ -201,7 +213,8 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
-            report.checkpoint_line(self.settings.ckpt_path)
+            if first_process():
+                report.checkpoint_line(self.settings.ckpt_path)
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -228,7 +241,10 @@ class SwitchkitCLI(LightningCLI):
 
 
 class ModelOnly(SwitchkitCLI):
-    """Model and data of a command that is not run, whatever devices and strategy the recipe trains with."""
+    """Model and data of `fit`, whatever devices and strategy the recipe trains with."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        super().__init__("fit", argv, execute=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         return pl.Trainer(

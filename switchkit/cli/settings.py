@@ -13,10 +13,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from switchkit.cli.arguments import Arguments, environment
 from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Source, merge, merge_arguments, require, target_of
+from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, target_of
 from switchkit.cli.plugins import import_plugins, load_entry_points
-from switchkit.cli.recipes import find_config, read_config, recipes
+from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
+from switchkit.cli.teacher import distils, teacher_of, teacher_settings
 
 __all__ = ["METHODS", "compose", "gather", "merge_all", "root_parameters"]
 
@@ -35,26 +36,34 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
     sources = gather(command, arguments)
     resumed = given_checkpoint(sources)
     # A run that goes on has its weights already: what a saved configuration says it began from is past.
-    path = resumed or (given_checkpoint(sources, "init_from") if command == "fit" else None)
+    begun = given_checkpoint(sources, "init_from") if command == "fit" and resumed is None else None
+    path = resumed or begun
     tokenizer = None
+    # A checkpoint causes no import. What the recipes name is imported by this, and then found by it.
+    partial = _tolerant(sources, command)
     if path is not None:
-        # A checkpoint causes no import. What the recipes name is imported by this, and then found by it.
-        partial: dict[str, Any] = {}
-        for source in sources:
-            with suppress(UserError):
-                partial = _merge_root(partial, source, command)
-        checkpoint, tokenizer = read_checkpoint(path)
+        checkpoint, tokenizer = read_checkpoint(path, resume=command == "fit" and resumed is not None)
         if resumed is None:
             # Other data is what a new run is for.
             checkpoint = replace(checkpoint, values={"model": checkpoint.values["model"]})
+        if command != "fit" and distils(partial):
+            # What learned is in the checkpoint: from whom, evaluation need not know.
+            sources = [replace(s, values={k: v for k, v in s.values.items() if k != "model"}) for s in sources]
         sources = [checkpoint, *sources]
+        partial = _tolerant(sources, command)
+    if distils(partial):
+        teacher = teacher_of(partial, sources)
+        settings, its_tokenizer = teacher_settings(teacher)
+        tokenizer = its_tokenizer if tokenizer is None else tokenizer
+        sources = [settings, *sources, edit("model.teacher", str(teacher))]
+        path = path or teacher
     tree = merge_all(sources, command)
     plugins = [name for source in sources for name in _listed(source.values.get("plugins"))] + arguments.plugins
     tree["plugins"] = list(dict.fromkeys(plugins)) or None
     if resumed is not None:
         tree["ckpt_path"] = str(resumed)
-    elif path is not None:
-        tree["init_from"] = str(path)
+    elif begun is not None:
+        tree["init_from"] = str(begun)
     # Lightning's own default would run what the file says.
     if tree.get("weights_only") is None:
         tree["weights_only"] = True
@@ -68,9 +77,8 @@ def gather(command: str, arguments: Arguments) -> list[Source]:
     """The sources in order, the checkpoint aside; the plugins that they name are imported."""
     load_entry_points()
     sources = environment(command)
-    for name in arguments.configs:
-        path = find_config(name)
-        sources.append(Source(read_config(path), str(path), path.parent))
+    for config in arguments.configs:
+        sources.append(config if isinstance(config, Source) else _read(config))
     for source in sources:
         named = source.values.get("plugins")
         if named is not None and not isinstance(named, (list, str)):
@@ -81,11 +89,28 @@ def gather(command: str, arguments: Arguments) -> list[Source]:
     return [*sources, *arguments.sources()]
 
 
+def _read(name: str) -> Source:
+    path = find_config(name)
+    values = read_config(path)
+    if is_comparison(values):
+        raise UserError(f"--config {name}: this is a comparison of recipes, not a recipe: switchkit compare {name}")
+    return Source(values, str(path), path.parent)
+
+
 def merge_all(sources: Iterable[Source], command: str) -> dict[str, Any]:
     """The tree of several sources, the later over the earlier."""
     tree: dict[str, Any] = {}
     for source in sources:
         tree = _merge_root(tree, source, command)
+    return tree
+
+
+def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:
+    """As `merge_all`, without the sources that cannot be merged yet: what is known before a checkpoint is read."""
+    tree: dict[str, Any] = {}
+    for source in sources:
+        with suppress(UserError):
+            tree = _merge_root(tree, source, command)
     return tree
 
 
@@ -156,6 +181,11 @@ def _check(tree: dict[str, Any], command: str) -> None:
         raise UserError(
             f"{command} needs a model: give a recipe by --config NAME (recipes: {known}), or --ckpt_path PATH"
         )
+    if distils(tree) and not tree.get("data"):
+        raise UserError(
+            f"{command}: the teacher's checkpoint brings no data, as an imported one does not: give --data, such as "
+            "--data TextData --data.path my.txt"
+        )
     if tree.get("data") and (tree["model"]["init_args"] or {}).get("tokenizer") is not None:
         raise UserError("model.tokenizer: the data's tokenizer is used; set data.tokenizer instead")
     require(tree["model"], LightningModule, "model", frozenset({"model.tokenizer"}))
@@ -167,7 +197,7 @@ def _check(tree: dict[str, Any], command: str) -> None:
 
 def _import_public() -> None:
     """Import what may be named without its path."""
-    for module in ("callbacks", "data", "metrics", "module"):
+    for module in ("callbacks", "data", "distill", "metrics", "module"):
         importlib.import_module(f"switchkit.{module}")
 
 

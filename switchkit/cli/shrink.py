@@ -1,4 +1,4 @@
-"""``switchkit prune``, ``merge`` and ``to-dense``: checkpoints with fewer experts, or none."""
+"""``switchkit prune``, ``merge`` and ``to-dense``: a checkpoint with fewer experts, down to none."""
 
 from __future__ import annotations
 
@@ -16,124 +16,90 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 ABOUT = {
-    "prune": "Drop the least useful experts of each sparse layer, with their rows of the router.",
-    "merge": "Merge the experts of each sparse layer that are routed alike into one each.",
-    "to-dense": "Make one dense layer of the experts of each sparse layer: a start to train from, such as a student's.",
+    "prune": "Drop the experts of each sparse layer that are used least, and their rows of the router.",
+    "merge": "Merge the experts of each sparse layer that the router scores alike (arXiv 2310.01334).",
+    "to-dense": "Make a dense checkpoint: one feed-forward layer as wide as an expert stands where each mixture stood, "
+    "made of its experts.",
 }
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Write the checkpoint, and print what became of the model."""
-    own, overrides = _split(argv)
-    options = parsed(_parser(command), own)
-    by = getattr(options, "by", None)
-    if options.no_data and by in ("usage", "gate"):
-        raise UserError(f"--by {by} is measured on data: leave --no_data out, or take --by similarity")
+    """Write the checkpoint, and show parameters and held-out loss before and after."""
+    options = parsed(_parser(command), argv)
     work = Conversion.begin(options)
 
-    from switchkit.convert.dense import to_dense
+    from switchkit.convert import shrinking
     from switchkit.convert.measuring import assumed, measure
-    from switchkit.convert.shrinking import merge_experts, prune, rescale
 
-    module = work.module
-    if not module.sparse_layers:
-        raise UserError(f"{work.path}: the model is dense, it has no experts")
-    batches = None if options.no_data else _held_out(work, overrides)
-
-    def measured(one: LanguageModule) -> Measured:
-        return assumed(one) if batches is None else measure(one, batches, limit=options.batches)
-
-    before = measured(module)
+    batches = None if options.no_data else _batches(work, options.plugins)
+    if batches is None:
+        say("nothing was measured: all experts count alike")
+    found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
     if command == "prune":
-        made = prune(module, options.keep, measured=before, by=options.by, k=options.k)
+        made = shrinking.prune(work.module, options.keep, found, by=options.by)
     elif command == "merge":
-        made = merge_experts(module, options.experts, measured=before, how=options.how, k=options.k)
+        made = shrinking.merge_experts(work.module, options.experts, found, how=options.how)
     else:
-        made = to_dense(module, measured=before, how=options.how)
-    after = None if batches is None else measured(made)
-    if after is not None and made.sparse_layers and rescale(made, before, after):
-        after = measured(made)
+        made = shrinking.to_dense(work.module, found, how=options.how)
+    after = None if batches is None else measure(made, batches, limit=options.batches)
     work.save(made)
-    _print(module, made, before.loss, None if after is None else after.loss)
-    say(f"wrote {work.out}; the optimizer starts afresh, train it with: {work.go_on}")
+    _show(command, work, made, found, after)
+    say(f"the optimizer starts afresh. Go on with: switchkit fit --init_from {work.out} --data {work.data_name}")
     return 0
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of the command, and those of the data."""
-    own, data = [], []
-    given = iter(argv)
-    for argument in given:
-        if not argument.startswith("--data."):
-            own.append(argument)
-        else:
-            data.append(argument if "=" in argument else f"{argument}={next(given, '')}")
-    return own, data
-
-
-def _held_out(work: Conversion, overrides: Sequence[str]) -> Any:
-    """Batches of the held-out data that the checkpoint belongs to."""
-    if work.data is None:
-        raise UserError(
-            f"{work.path} belongs to no data to measure its experts on: give --no_data (all experts then count alike)"
-        )
-    from switchkit.cli.lightning import ModelOnly
-
-    given = ["--ckpt_path", str(work.path), "--seed_everything=false", *overrides]
-    data = ModelOnly("validate", given, execute=False).datamodule
-    try:
-        data.prepare_data()
-        data.setup("validate")
-        return data.val_dataloader()
-    except (ValueError, OSError) as error:
-        raise UserError(f"{error}. Give other data by --data.KEY VALUE, or --no_data") from error
-
-
-def _print(before: LanguageModule, after: LanguageModule, old: float | None, new: float | None) -> None:
-    """The table of both models."""
-    from rich import box
-    from rich.table import Table
-
-    from switchkit.convert.rebuilding import moe_layers
-    from switchkit.report.counts import count
-    from switchkit.report.tables import console
-
-    table = Table(box=box.ROUNDED)
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="right" if name else "left")
-    both = (before, after)
-    sizes = [count(module.net, int(getattr(module.net, "context", 128))) for module in both]
-    experts = [next((layer.num_experts for layer in moe_layers(module).values()), None) for module in both]
-    table.add_row("experts of a sparse layer", *("dense" if number is None else str(number) for number in experts))
-    table.add_row("parameters", *(f"{size.parameters:,}" for size in sizes))
-    table.add_row("parameters that a token meets", *(f"{size.active:,}" for size in sizes))
-    losses = ("not measured" if loss is None else f"{loss:.4f}" for loss in (old, new))
-    table.add_row("held-out loss, nats per token", *losses)
-    console().print(table)
 
 
 def _parser(command: str) -> OptionParser:
     from switchkit.convert.merging import How
-    from switchkit.convert.shrinking import Criterion
+    from switchkit.convert.shrinking import By
 
     parser = conversion_parser(
         command,
-        f"{ABOUT[command]} Their use is measured on the held-out data of the checkpoint (--data.KEY VALUE changes its "
-        "settings), and the loss before and after is printed.",
+        f"{ABOUT[command]} What the experts are used for is measured on the held-out data of the checkpoint. The "
+        "optimizer's state is left behind.",
     )
     add = parser.add_argument
     positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     if command == "prune":
-        add("--keep", type=positive, required=True, metavar="N", help="experts of a layer that stay")
-        which = "which stay: the most used, those of the largest sum of weights, or the most unlike"
-        add("--by", choices=get_args(Criterion), default="usage", help=f"{which} (default: %(default)s)")
-    if command == "merge":
-        add("--experts", type=positive, required=True, metavar="N", help="experts of a layer afterwards")
-    if command != "prune":
-        how = "mean; usage: weighted by it; most_used: that one; aligned: as usage, hidden units matched first"
-        add("--how", choices=get_args(How), default="aligned", help=f"{how} (default: %(default)s)")
-    if command != "to-dense":
-        add("--k", type=positive, metavar="K", help="experts of a token afterwards (default: as many as before)")
-    add("--batches", type=positive, metavar="N", help="held-out batches to read (default: all)")
-    add("--no_data", action="store_true", help="measure nothing: all experts count alike, with a weight of 1")
+        add("--keep", type=positive, required=True, metavar="N", help="experts of each layer that stay")
+        add("--by", choices=get_args(By), default="usage", help="what tells the best (default: %(default)s)")
+    else:
+        if command == "merge":
+            add("--experts", type=positive, required=True, metavar="N", help="experts that each layer is left with")
+        add(
+            "--how",
+            choices=get_args(How),
+            default="aligned",
+            help="a mean, one weighted by usage, the most used one, or the weighted mean once hidden units are aligned "
+            "(needs scipy) (default: %(default)s)",
+        )
+    add("--batches", type=positive, default=50, metavar="N", help="of held-out data to measure (default: %(default)s)")
+    add("--no_data", action="store_true", help="measure nothing, and count all experts alike")
     return parser
+
+
+def _batches(work: Conversion, plugins: Sequence[str]) -> Any:
+    """The held-out data of the checkpoint; null: it has none."""
+    if work.data is None:
+        return None
+
+    from switchkit.cli.lightning import ModelOnly
+
+    more = ["--plugins", *plugins] if plugins else []
+    try:
+        data = ModelOnly(["--ckpt_path", str(work.path), *more]).datamodule
+        data.prepare_data()
+        data.setup("validate")
+        return data.val_dataloader()
+    except (ValueError, OSError) as error:
+        raise UserError(f"the data of {work.path}: {error}. --no_data goes on without them") from error
+
+
+def _show(command: str, work: Conversion, made: LanguageModule, found: Measured, after: Measured | None) -> None:
+    from switchkit.report.tables import console, rows_table
+
+    before, now = (sum(p.numel() for p in module.parameters()) for module in (work.module, made))
+    rows = [("parameters", f"{before:,} -> {now:,} ({now / before:.1%})")]
+    if after is not None:
+        rows.append(("held-out loss", f"{found.loss:.4f} -> {after.loss:.4f} nats per token"))
+    rows += [(f"used {use.layer}", " ".join(f"{share:.0%}" for share in use.share.tolist())) for use in found.layers]
+    console().print(rows_table(f"{command}: {work.path} -> {work.out}", [*rows, ("checkpoint", str(work.out))]))

@@ -31,7 +31,7 @@ class Change:
 @torch.no_grad()
 def change(before: LanguageModule, after: LanguageModule, *, sequences: int = 4, length: int = 64) -> Change:
     """Both models in evaluation on the same random tokens (seed 0), each sequence `length` long at most."""
-    vocabulary = int(before.net.get_submodule("embed").weight.shape[0])  # type: ignore[index]
+    vocabulary = int(before.net.get_parameter("embed.weight").shape[0])
     length = min(length, int(getattr(before.net, "context", length)))
     draw = torch.Generator().manual_seed(0)
     shape = (sequences, length + 1)

@@ -42,6 +42,7 @@ def rebuilt(module: LanguageModule, net: Mapping[str, Any], **arguments: Any) ->
     factory = build(spec)
     bare = factory.keywords["net"]
     made: LanguageModule = partial(factory, net=OnMeta(bare.func, **bare.keywords))()
+    made.hugging_face = copy.deepcopy(module.hugging_face)
     return made
 
 

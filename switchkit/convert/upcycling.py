@@ -79,7 +79,7 @@ def upcycle(
     if module.sparse_layers:
         raise ValueError(
             f"the model has {len(module.sparse_layers)} sparse layers already ({module.sparse_layers[0]}, ...): "
-            "only a dense model can be upcycled"
+            "only a dense model can be upcycled. `switchkit to-dense` makes one of it"
         )
     k = 2 * granularity if k is None else k
     dense = {name: layer for name, layer in module.net.named_modules() if isinstance(layer, FeedForward)}
@@ -167,7 +167,7 @@ def _redraw(w1: Float[Tensor, "E D H"], w2: Float[Tensor, "E F D"], share: float
         return
     for into, out in zip(w1, w2, strict=True):
         gone = torch.randperm(width, device=w1.device)[:count]
-        for part in into.chunk(into.shape[-1] // width, dim=-1):
+        for part in into.split(width, dim=-1):
             part[:, gone] = _like(part[:, gone])
         out[gone] = _like(out[gone])
 
@@ -180,10 +180,11 @@ def _like(weight: Tensor) -> Tensor:
 
 def _cut(w1: Float[Tensor, "E D H"], w2: Float[Tensor, "E F D"], pieces: int) -> tuple[Tensor, Tensor]:
     """Each expert as `pieces` neighbours of a part of its hidden units."""
-    count, width, d_model = w2.shape
-    halves = w1.chunk(w1.shape[-1] // width, dim=-1)
-    parts = [part.reshape(count, d_model, pieces, width // pieces).transpose(1, 2) for part in halves]
-    return torch.cat(parts, dim=-1).flatten(0, 1), w2.reshape(count * pieces, width // pieces, d_model)
+    width = w2.shape[1] // pieces
+    count, wide = len(w1), w2.shape[1]
+    halves = torch.split(w1, wide, dim=-1)
+    parts = [half.reshape(count, -1, pieces, width).transpose(1, 2) for half in halves]
+    return torch.cat(parts, dim=-1).flatten(0, 1), w2.reshape(count * pieces, width, -1)
 
 
 def _router_rows(layer: MoELayer, granularity: int) -> Float[Tensor, "E D"]:

@@ -91,7 +91,9 @@ class PairData(ResumableData):
             )
         if too_long not in ("skip", "cut"):
             raise DataError(f"data.too_long {too_long!r} is not possible; it must be skip or cut")
-        if source is not None and languages is not None:
+        own = ["target"] if isinstance(target, str) else list(target or ())
+        # A checkpoint says the languages that there were, of files of one's own too.
+        if source is not None and languages not in (None, own):
             raise DataError("data.languages chooses from Multi30k; name those of your own files in data.target")
         self.source, self.target = source, target
         self.val_source, self.val_target = val_source, val_target

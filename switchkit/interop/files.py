@@ -20,7 +20,6 @@ __all__ = ["open_checkpoint", "save_checkpoint"]
 def save_checkpoint(
     module: LanguageModule,
     path: str | Path,
-    config: Mapping[str, Any] | None = None,
     *,
     data: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
@@ -32,7 +31,6 @@ def save_checkpoint(
     Args:
         module: the model.
         path: the file.
-        config: what its config.json said, of a model from Hugging Face.
         data: the settings of the data that it goes with, as another checkpoint has them; null: those of its trainer.
         source: where their text came from, as another checkpoint has it; null: what its trainer's data say.
 
@@ -51,8 +49,6 @@ def save_checkpoint(
     }
     module.on_save_checkpoint(content)
     content["switchkit"] |= {name: value for name, value in (("data", data), ("source", source)) if value is not None}
-    if config is not None:
-        content["switchkit"]["hugging_face"] = {"config": dict(config)}
     writer = checkpoints.AtomicCheckpointIO()
     try:
         writer.save_checkpoint(content, path)
@@ -60,8 +56,8 @@ def save_checkpoint(
         writer.teardown()
 
 
-def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
-    """The model of a checkpoint, weights in the dtype of the file, and the config.json it came from, if it did.
+def open_checkpoint(path: str | Path) -> LanguageModule:
+    """The model of a checkpoint, weights in the dtype of the file.
 
     Raises:
         ValueError: see `LanguageModule.load_from_checkpoint`.
@@ -76,5 +72,5 @@ def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
         factory = partial(factory, net=OnMeta(net.func, **net.keywords))
     module: LanguageModule = factory()
     module.load_state_dict(content["state_dict"], assign=True)
-    known = content["switchkit"].get("hugging_face") or {}
-    return module, known.get("config") or {}
+    module.on_load_checkpoint(content)
+    return module

@@ -12,10 +12,15 @@ from switchkit.layers import MoELayer
 __all__ = ["differences"]
 
 ONLY_IN_TRAINING = frozenset(
-    ("training", "dropout", "p", "jitter", "init_std", "alike", "sample", "temperature", "input_dropout")
+    ("training", "dropout", "p", "jitter", "init_std", "init_scale", "alike", "sample", "temperature", "input_dropout")
 )
-TOLD_BY_PARTS = frozenset(("num_experts", "sparse", "encoder_sparse", "decoder_sparse", "sparse_attention"))
-"""Of a whole model; its layers say the same."""
+TOLD_BY_PARTS = frozenset(
+    (
+        *("num_experts", "sparse", "encoder_sparse", "decoder_sparse", "sparse_attention"),
+        *("d_ff", "encoder_d_ff", "decoder_d_ff"),
+    )
+)
+"""Of a whole model; its layers, or the shapes of their weights, say the same."""
 LENGTHS = (1, 2, 7, 64, 100, 1000)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_sizes",
     "every",
     "last",
+    "layer_widths",
     "leak",
     "sparse_layers",
     "through",
@@ -121,6 +122,19 @@ def check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff") -> tuple[int, ...]:
+    """The hidden width of each layer, from one for all of them or a list with one for each.
+
+    Raises:
+        ValueError: a list of another length, a width below 1.
+    """
+    widths = (d_ff,) * num_layers if isinstance(d_ff, int) else tuple(d_ff)
+    if len(widths) != num_layers:
+        raise ValueError(f"{name} lists {len(widths)} widths for {num_layers} layers: give one for each, or a number")
+    check_sizes(**{name: min(widths, default=1)})
+    return widths
 
 
 def leak(part: nn.Module) -> str | None:

@@ -14,7 +14,17 @@ from switchkit.attention import Attention, AttentionFactory, LatentAttention, vi
 from switchkit.blocks import Block, Norm, make_norm
 from switchkit.experts.linear import Linear
 from switchkit.layers import FeedForward, FeedForwardFactory, MoEFactory, MoELayer
-from switchkit.models.base import Cache, Output, check_cache, check_sizes, leak, sparse_layers, through, uncacheable
+from switchkit.models.base import (
+    Cache,
+    Output,
+    check_cache,
+    check_sizes,
+    layer_widths,
+    leak,
+    sparse_layers,
+    through,
+    uncacheable,
+)
 
 __all__ = ["Decoder"]
 
@@ -31,9 +41,9 @@ class Decoder(nn.Module):
         d_model: width of a token.
         num_layers: blocks.
         num_heads: attention heads of a block, a divisor of d_model.
-        d_ff: hidden width of a dense block.
+        d_ff: hidden width of a dense block; a list: of each block's dense layer.
         num_experts: experts of a sparse block.
-        expert_d_ff: hidden width of one expert; null: d_ff.
+        expert_d_ff: hidden width of one expert; null: d_ff of its block.
         context: longest sequence, in tokens.
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
         sparse_attention: which blocks have sparse layers in place of their query, key and value matrices, said as
@@ -60,7 +70,7 @@ class Decoder(nn.Module):
         d_model: int = 128,
         num_layers: int = 4,
         num_heads: int = 4,
-        d_ff: int = 512,
+        d_ff: int | list[int] = 512,
         num_experts: int = 8,
         expert_d_ff: int | None = None,
         context: int = 128,
@@ -79,16 +89,16 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=num_heads)
-        check_sizes(d_ff=d_ff, context=context, expert_d_ff=expert_d_ff)
+        check_sizes(context=context, expert_d_ff=expert_d_ff)
         if positions not in ("rotary", "learned"):
             raise ValueError(f"positions must be 'rotary' or 'learned'; got {positions!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         self.vocab_size, self.d_model, self.context, self.num_experts = vocab_size, d_model, context, num_experts
         self.dense: FeedForwardFactory = feed_forward or FeedForward
+        self.d_ff = layer_widths(d_ff, num_layers)
         self.sparse = sparse_layers(sparse, num_layers)
         self.sparse_attention = sparse_layers(sparse_attention or [], num_layers)
-        wide = d_ff if expert_d_ff is None else expert_d_ff
         project = partial(
             attention_moe or partial(MoELayer, experts=Linear), d_model=d_model, num_experts=num_experts, d_ff=d_model
         )
@@ -102,11 +112,11 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.blocks = nn.ModuleList()
-        for index in range(num_layers):
+        for index, wide in enumerate(self.d_ff):
             mlp = (
-                (moe or MoELayer)(d_model=d_model, num_experts=num_experts, d_ff=wide)
+                (moe or MoELayer)(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff or wide)
                 if index in self.sparse
-                else self.dense(d_model=d_model, d_ff=d_ff, dropout=0.0)
+                else self.dense(d_model=d_model, d_ff=wide, dropout=0.0)
             )
             if index in self.sparse_attention:
                 build_sparse: Callable[..., nn.Module] = partial(build, projection=project)

@@ -10,7 +10,17 @@ from switchkit.attention import Attention, CrossAttention, RelativeBias, visible
 from switchkit.blocks import Block, make_norm
 from switchkit.experts.base import init_linear
 from switchkit.layers import FeedForward, FeedForwardFactory, MoEFactory, MoELayer
-from switchkit.models.base import Cache, Output, check_cache, check_sizes, leak, sparse_layers, through, uncacheable
+from switchkit.models.base import (
+    Cache,
+    Output,
+    check_cache,
+    check_sizes,
+    layer_widths,
+    leak,
+    sparse_layers,
+    through,
+    uncacheable,
+)
 from switchkit.records import Routing
 
 __all__ = ["EncoderDecoder", "Stack"]
@@ -21,14 +31,13 @@ class Stack(nn.Module):
 
     def __init__(
         self,
-        num_layers: int,
+        d_ff: tuple[int, ...],
         *,
         d_model: int,
         num_heads: int,
         head_width: int | None,
-        d_ff: int,
         num_experts: int,
-        expert_d_ff: int,
+        expert_d_ff: int | None,
         sparse: tuple[int, ...],
         causal: bool,
         dropout: float,
@@ -42,7 +51,7 @@ class Stack(nn.Module):
         self.relative = RelativeBias(num_heads, buckets=buckets, max_distance=max_distance, causal=causal)
         nn.init.normal_(self.relative.weight, std=d_model**-0.5)
         self.blocks = nn.ModuleList()
-        for index in range(num_layers):
+        for index, wide in enumerate(d_ff):
             # T5 leaves the scores unscaled.
             attention = Attention(d_model, num_heads, head_width=head_width, dropout=dropout, scale=1.0, causal=causal)
             cross = (
@@ -51,9 +60,9 @@ class Stack(nn.Module):
                 else None
             )
             mlp = (
-                moe(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff)
+                moe(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff or wide)
                 if index in sparse
-                else feed_forward(d_model=d_model, d_ff=d_ff, dropout=dropout)
+                else feed_forward(d_model=d_model, d_ff=wide, dropout=dropout)
             )
             block = Block(attention, mlp, d_model, cross=cross, dropout=dropout, norm="rms", norm_eps=norm_eps)
             self.blocks.append(block)
@@ -97,9 +106,10 @@ class EncoderDecoder(nn.Module):
         decoder_layers: blocks of the decoder; null: as many.
         num_heads: attention heads of a block.
         head_width: width of a head; null: d_model / num_heads.
-        d_ff: hidden width of a dense block.
+        d_ff: hidden width of a dense block; a list: of each block's dense layer in the encoder.
+        decoder_d_ff: the same for the decoder; null: as the encoder.
         num_experts: experts of a sparse block.
-        expert_d_ff: hidden width of one expert; null: d_ff.
+        expert_d_ff: hidden width of one expert; null: d_ff of its block.
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
         decoder_sparse: the same for the decoder; null: as the encoder.
         dropout: T5's one rate: on embeddings, attention, hidden activations of dense layers, outputs of sublayers and
@@ -130,7 +140,8 @@ class EncoderDecoder(nn.Module):
         decoder_layers: int | None = None,
         num_heads: int = 4,
         head_width: int | None = None,
-        d_ff: int = 512,
+        d_ff: int | list[int] = 512,
+        decoder_d_ff: int | list[int] | None = None,
         num_experts: int = 8,
         expert_d_ff: int | None = None,
         sparse: str | list[int] = "every(2)",
@@ -148,7 +159,7 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(vocab_size=vocab_size, d_model=d_model, encoder_layers=encoder_layers)
-        check_sizes(decoder_layers=decoder_layers, num_heads=num_heads, d_ff=d_ff, expert_d_ff=expert_d_ff)
+        check_sizes(decoder_layers=decoder_layers, num_heads=num_heads, expert_d_ff=expert_d_ff)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         if not 0 <= start_id < vocab_size:
@@ -156,18 +167,19 @@ class EncoderDecoder(nn.Module):
         below = encoder_layers if decoder_layers is None else decoder_layers
         self.vocab_size, self.d_model, self.num_experts, self.start_id = vocab_size, d_model, num_experts, start_id
         self.dense: FeedForwardFactory = feed_forward or FeedForward
+        self.encoder_d_ff = layer_widths(d_ff, encoder_layers)
+        self.decoder_d_ff = layer_widths(d_ff if decoder_d_ff is None else decoder_d_ff, below, "decoder_d_ff")
         self.encoder_sparse = sparse_layers(sparse, encoder_layers)
         self.decoder_sparse = sparse_layers(sparse if decoder_sparse is None else decoder_sparse, below)
         self.embed = nn.Embedding(vocab_size, d_model)
         self.encoder, self.decoder = (
             Stack(
-                layers,
+                widths,
                 d_model=d_model,
                 num_heads=num_heads,
                 head_width=head_width,
-                d_ff=d_ff,
                 num_experts=num_experts,
-                expert_d_ff=d_ff if expert_d_ff is None else expert_d_ff,
+                expert_d_ff=expert_d_ff,
                 sparse=places,
                 causal=causal,
                 dropout=dropout,
@@ -177,9 +189,9 @@ class EncoderDecoder(nn.Module):
                 feed_forward=self.dense,
                 moe=moe or MoELayer,
             )
-            for layers, places, causal in (
-                (encoder_layers, self.encoder_sparse, False),
-                (below, self.decoder_sparse, True),
+            for widths, places, causal in (
+                (self.encoder_d_ff, self.encoder_sparse, False),
+                (self.decoder_d_ff, self.decoder_sparse, True),
             )
         )
         if not allow_leak and (why := leak(self.decoder)) is not None:

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
 from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
 from switchkit.checkpoints import read, read_settings
 from switchkit.report.sample import command, sample
@@ -17,10 +19,10 @@ from switchkit.report.tables import (
     model_table,
     rows_table,
     source_rows,
-    twin_rows,
 )
+from switchkit.report.twins import twin_rows
 
-__all__ = ["checkpoint_line", "closing", "describe", "opening", "predicted"]
+__all__ = ["checkpoint_line", "closing", "context_of", "describe", "opening", "predicted"]
 
 
 def checkpoint_line(path: str) -> None:
@@ -31,14 +33,17 @@ def checkpoint_line(path: str) -> None:
 def opening(cli: Any) -> None:
     """Print what is about to be trained, on what, from where."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
     out = console()
     info = data.source_info() if hasattr(data, "source_info") else None
     if (box := fallback_box(info)) is not None:
         out.print(box)
     steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
-    out.print(model_table(_net(module), _context(cli), rows))
-    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
+    rows += module.opening_rows() if hasattr(module, "opening_rows") else []
+    out.print(model_table(_net(module), context_of(cli), rows))
 
 
 def describe(cli: Any) -> None:
@@ -49,14 +54,17 @@ def describe(cli: Any) -> None:
     if (box := fallback_box(info)) is not None:
         out.print(box)
     device = ("device", device_name(cli.trainer.strategy.root_device))
-    rows = [*source_rows(info), device, *twin_rows(_net(cli.model), _context(cli))]
-    out.print(model_table(_net(cli.model), _context(cli), rows))
+    rows = [*source_rows(info), device, *twin_rows(cli.model, context_of(cli))]
+    out.print(model_table(_net(cli.model), context_of(cli), rows))
 
 
 def closing(cli: Any) -> None:
-    """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next."""
+    """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next.
+
+    All processes evaluate, and write the sample together where each holds a part of the model; the first one prints.
+    """
     module, trainer = cli.model, cli.trainer
-    if trainer.fast_dev_run or not trainer.is_global_zero:
+    if trainer.fast_dev_run:
         return
     wall = time.perf_counter() - cli.started
     best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
@@ -66,6 +74,10 @@ def closing(cli: Any) -> None:
         if hasattr(bar, "disable"):
             bar.disable()
     found = trainer.validate(module, datamodule=cli.datamodule, verbose=False)[0]
+    written = None if module.tokenizer is None else sample(module, cli.datamodule)
+    config = _config(trainer)
+    if not trainer.is_global_zero:
+        return
     out = console()
     info = cli.datamodule.source_info() if hasattr(cli.datamodule, "source_info") else None
     if (box := fallback_box(info)) is not None:
@@ -80,6 +92,8 @@ def closing(cli: Any) -> None:
         rows.append(("translation", f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"))
     if (speed := _speed(cli, wall)) is not None:
         rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
+    if hasattr(module, "closing_rows"):
+        rows += module.closing_rows(cli.datamodule, found["val/loss"])
     rows += source_rows(info)
     rows += loads(module.last_load, module.sparse_layers)
     rows += [("checkpoint", str(best or last or "none was saved"))]
@@ -90,13 +104,12 @@ def closing(cli: Any) -> None:
         for line in (
             command(module, cli.datamodule, shown),
             f"switchkit test --ckpt_path {shown}",
-            f"switchkit fit{_config(trainer)} --ckpt_path {last or shown} "
-            f"--trainer.max_steps {2 * trainer.global_step}",
+            f"switchkit fit{config} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)
-    if module.tokenizer is not None:
+    if written is not None:
         out.print("Sample:", style="bold")
-        out.print(sample(module, cli.datamodule), highlight=False, markup=False)
+        out.print(written, highlight=False, markup=False)
 
 
 def predicted(cli: Any) -> None:
@@ -112,7 +125,7 @@ def _net(module: Any) -> Any:
     return getattr(module, "net", module)
 
 
-def _context(cli: Any) -> int:
+def context_of(cli: Any) -> int:
     """Tokens that attention runs over: of the data's windows, sources or longest sentences; else the model's most."""
     lengths = (getattr(cli.datamodule, name, 0) for name in ("context", "inputs_length", "max_source"))
     return int(next(filter(None, lengths), 0) or getattr(_net(cli.model), "context", 1))
@@ -121,7 +134,7 @@ def _context(cli: Any) -> int:
 def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
     """The file that the first callback of a kind saved, if it is still there."""
     path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
-    return path if path is not None and path.is_file() else None
+    return path if path is not None and path.exists() else None
 
 
 def _config(trainer: Any) -> str:

@@ -16,12 +16,12 @@ from rich.table import Table
 from torch import nn
 
 from switchkit.blocks import Block
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.counts import Counts, count
+from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
-from switchkit.report.counts import Counts, count, products
 
-__all__ = ["loads", "model_table", "rows_table", "twin_rows"]
+__all__ = ["loads", "model_table", "rows_table", "short"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -72,40 +72,6 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     return rows_table("Model", [*rows, *more])
 
 
-def twin_rows(net: nn.Module, context: int) -> list[tuple[str, str]]:
-    """Rows about the dense model of equal FLOPs per token: each mixture replaced by one dense layer of the model."""
-    every = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
-    sparse = [block.mlp for block in net.modules() if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
-    if not sparse:
-        return [("dense twin", "attention alone is sparse here" if every else "this model is dense already")]
-    matrices = _matrices(net)
-    width = sum(products(sparse[0])) // (matrices * sparse[0].d_model)
-    sizes = count(net, context)
-    parameters = sizes.active - sum(p.numel() for layer in every for p in layer.router.parameters())
-    dense = {layer.up.out_features for layer in net.modules() if isinstance(layer, FeedForward)}
-    kind = "gated feed-forward" if matrices == 3 else "feed-forward"
-    how = f"a {kind} layer of width {width} in place of each mixture"
-    if dense <= {width}:
-        more = "" if dense else f" --model.net.d_ff={width}"
-        how += f": --model.net.sparse=[]{more}"
-        how += " --model.net.sparse_attention=null" if len(every) > len(sparse) else ""
-    else:
-        how += f"; no recipe can say so, as the dense layers here have width {sorted(dense)[0]}"
-    return [
-        ("dense twin", how),
-        ("  parameters", f"{parameters:,}"),
-        ("  FLOPs per token", f"{_short(sizes.matched)} (the routers' {_short(sizes.routers)} left out)"),
-    ]
-
-
-def _matrices(net: nn.Module) -> int:
-    """Matrices of a dense layer: 2, or 3 of a gated one."""
-    build = getattr(net, "dense", FeedForward)
-    with torch.device("meta"):
-        layer = build(d_model=8, d_ff=8, dropout=0.0)
-    return int(sum(p.numel() for p in layer.parameters() if p.dim() == 2) // 64)
-
-
 def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
     """One bar chart per sparse layer: the share of each expert; a full block is the largest share of any."""
     rows = []
@@ -151,10 +117,11 @@ def _flops(sizes: Counts) -> str:
         ("attention", sizes.attention),
         ("rest", sizes.other),
     )
-    return f"{_short(sizes.flops)} forward ({', '.join(f'{name} {_short(value)}' for name, value in parts)})"
+    return f"{short(sizes.flops)} forward ({', '.join(f'{name} {short(value)}' for name, value in parts)})"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A number with a unit, three digits of it."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(value) < 1000:
             return f"{value:.3g}{unit}" if unit else f"{value:.0f}"

@@ -67,9 +67,7 @@ class ExpertChoice(LinearRouter):
         groups, size, _ = tokens.shape
         logits = self.logits(tokens)
         probs = softmax(logits)
-        if limit is None:
-            limit = -(-self._ratio[0] * size // (self._ratio[1] * self.num_experts))
-        capacity = min(limit, size)
+        capacity = self._capacity(size, limit)
         token = expert_choice(probs, valid, capacity)
         weight = probs.transpose(1, 2).gather(-1, token).flatten(1)
         token = token.flatten(1)
@@ -90,3 +88,12 @@ class ExpertChoice(LinearRouter):
             load=chosen.view(groups, self.num_experts, capacity).sum(-1),
             extras=self.extras(),
         )
+
+    def rows(self, size: int, limit: int | None) -> int:
+        """Every expert is full."""
+        return self.num_experts * self._capacity(size, limit)
+
+    def _capacity(self, size: int, limit: int | None) -> int:
+        if limit is None:
+            limit = -(-self._ratio[0] * size // (self._ratio[1] * self.num_experts))
+        return min(limit, size)

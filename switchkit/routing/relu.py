@@ -35,6 +35,8 @@ class ReLU(LinearRouter):
     Source: arXiv 2412.14711 (ReMoE), section 3.
     """
 
+    uneven = "relu lets a token choose any number of experts, and k is no more than the mean that it should come to"
+
     def __init__(self, d_model: int, num_experts: int, *, k: int = 1) -> None:
         super().__init__(d_model, num_experts)
         self.k = check_k(k, num_experts)

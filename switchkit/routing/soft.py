@@ -53,6 +53,7 @@ class Soft(Router):
     """
 
     leaks = "soft mixes all tokens of a group, later ones included, into every slot"
+    uneven = "soft computes the same rows for a sequence of any length"
 
     def __init__(self, d_model: int, num_experts: int, *, slots: int = 1, normalize: bool = True) -> None:
         super().__init__(d_model, num_experts)
@@ -106,6 +107,10 @@ class Soft(Router):
             load=(valid.sum(-1, keepdim=True) * slots).expand(groups, experts),
             share=dispatch.reshape(pairs),
         )
+
+    def rows(self, size: int, limit: int | None) -> int:
+        """Those of the slots, for a group of any size."""
+        return self.num_experts * self.slots
 
 
 def _unit(x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:

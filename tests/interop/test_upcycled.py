@@ -12,17 +12,18 @@ from switchkit.interop import export_hf, import_hf
 hf = pytest.importorskip("transformers")
 CLASSES = {
     "mixtral": hf.MixtralForCausalLM,
+    "olmoe": hf.OlmoeForCausalLM,
     "qwen3_moe": hf.Qwen3MoeForCausalLM,
     "switch_transformers": hf.SwitchTransformersForConditionalGeneration,
 }
+# Their grouped products refuse widths that are no multiple of 16 bytes.
+EAGER = {name: {} if name == "switch_transformers" else {"experts_implementation": "eager"} for name in CLASSES}
 
 
 def exported(made: LanguageModule, folder, family: str):
     """Their model of an upcycled one of ours."""
     assert export_hf(made, folder, family=family) == family
-    # Their grouped product wants rows of multiples of 16 bytes, which these sizes are not.
-    options = {} if family == "switch_transformers" else {"experts_implementation": "eager"}
-    model, info = CLASSES[family].from_pretrained(folder, output_loading_info=True, **options)
+    model, info = CLASSES[family].from_pretrained(folder, output_loading_info=True, **EAGER[family])
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 

@@ -1,0 +1,276 @@
+"""Terms on what lies within both models: hidden states, and how tokens relate to one another in attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from switchkit.attention import Attention
+from switchkit.blocks import Block
+from switchkit.distill.loss import mean_over
+from switchkit.experts.base import init_linear
+
+__all__ = ["Inside", "Matching", "even_map", "hidden_loss", "relation_loss", "watched"]
+
+
+@dataclass
+class Inside:
+    """What was seen of one forward pass, filled while it runs."""
+
+    hidden: dict[int, Float[Tensor, "B S D"]] = field(default_factory=dict)
+    """Outputs of blocks, by the block's number, the encoder's first."""
+    projected: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    """Queries, keys and values of self-attention [B, S, heads * width], before positions turn them."""
+
+
+@contextmanager
+def watched(net: nn.Module, hidden: Sequence[int] = (), projected: Sequence[int] = ()) -> Iterator[Inside]:
+    """Collect from the next forward pass of `net` the outputs of some blocks and the projections of others.
+
+    By hooks that are gone afterwards, so that the model itself knows nothing of it.
+    """
+    inside, blocks, handles = Inside(), blocks_of(net), []
+    for number in hidden:
+
+        def keep(block: nn.Module, given: Any, out: Any, number: int = number) -> None:
+            inside.hidden[number] = out[0]
+
+        handles.append(blocks[number].register_forward_hook(keep))
+    for number in projected:
+        attention: Any = blocks[number].attention
+        width, heads, kv = attention.head_width, attention.num_heads, attention.num_kv_heads
+        sizes = (heads * width, kv * width, kv * width)
+
+        def split(
+            part: nn.Module, given: Any, out: Tensor, number: int = number, sizes: tuple[int, ...] = sizes
+        ) -> None:
+            q, k, v = out.split_with_sizes(sizes, -1)
+            inside.projected[number] = q, k, v
+
+        handles.append(attention.qkv.register_forward_hook(split))
+    try:
+        yield inside
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_loss(
+    student: Float[Tensor, "B S D"], teacher: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"] | None
+) -> Float[Tensor, ""]:
+    """Mean squared error over the real tokens and the width.
+
+    Source: Jiao et al., arXiv 1909.10351 (TinyBERT), equation 8.
+    """
+    squares = (student.float() - teacher.float()).square().mean(-1)
+    return squares.mean() if valid is None else mean_over(squares, valid)
+
+
+def relation_loss(
+    student: Float[Tensor, "B S D"],
+    teacher: Float[Tensor, "B S E"],
+    heads: int,
+    valid: Bool[Tensor, "B S"] | None,
+    *,
+    causal: bool,
+) -> Float[Tensor, ""]:
+    """``KL(teacher's relation || student's)``, mean over heads and real tokens, where both models may have other heads.
+
+    The relation of a kind of vectors (queries, keys or values) is ``softmax(X X^T / sqrt(width))``: all heads side by
+    side are cut anew into `heads` of them. A token relates to what attention lets it see.
+
+    Source: Wang et al., arXiv 2012.15828 (MiniLMv2), equations 1 to 4; of values alone: arXiv 2002.10957.
+    """
+    size = student.shape[1]
+    see = torch.ones(1, size, size, dtype=torch.bool, device=student.device)
+    see = see.tril() if causal else see
+    if valid is not None:
+        # Padding relates to itself, so that its row stays finite; it is not counted.
+        see = see & (valid.unsqueeze(1) | torch.eye(size, dtype=torch.bool, device=see.device))
+    see = see.unsqueeze(1)
+    ours, theirs = (_relation(x, heads, see) for x in (student, teacher))
+    each = (theirs.exp() * (theirs - ours)).masked_fill(~see, 0).sum(-1).mean(1)
+    return each.mean() if valid is None else mean_over(each, valid)
+
+
+def even_map(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of layers: layer i of n goes with the teacher's at the same share of its depth, the last with the last."""
+    return [(number, teacher[round((i + 1) * len(teacher) / len(student)) - 1]) for i, number in enumerate(student)]
+
+
+def blocks_of(net: nn.Module) -> list[Block]:
+    return [part for part in net.modules() if isinstance(part, Block)]
+
+
+class Matching(nn.Module):
+    """The optional terms between a student and a teacher of the same family.
+
+    Where the widths of the two differ, a learned matrix takes the student's hidden states to the teacher's width. It
+    belongs to training and not to the student: the state dict does not have it (see `extra`).
+
+    Args:
+        student: the model that learns.
+        teacher: the model that is matched.
+        hidden_weight: of `hidden_loss`, the mean over the pairs of layers; 0: none.
+        hidden_layers: pairs of a student's and a teacher's block, by number, the encoder's first; null: `even_map`.
+        attention_weight: of `relation_loss`, the mean over queries, keys and values of the last block of each stack;
+            0: none.
+        relation_heads: heads of the relations; null: as many as the student's attention has.
+
+    Raises:
+        ValueError: a weight that is negative, blocks that do not exist, attention whose projections are no plain
+            matrix, heads that do not divide a width.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        hidden_weight: float = 0.0,
+        hidden_layers: Sequence[Sequence[int]] | None = None,
+        attention_weight: float = 0.0,
+        relation_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_weight", hidden_weight), ("attention_weight", attention_weight)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+        self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
+        ours, theirs = blocks_of(student), blocks_of(teacher)
+        stacks = list(zip(_stacks(ours), _stacks(theirs), strict=True))
+        even = [pair for own, other in stacks for pair in even_map(own, other)]
+        self.pairs = even if hidden_layers is None else _checked(hidden_layers, len(ours), len(theirs))
+        self.pairs = self.pairs if hidden_weight else []
+        self.last = [(own[-1], other[-1]) for own, other in stacks] if attention_weight else []
+        self.encoder = {number for number, block in enumerate(ours) if not _causal(block)}
+        self.heads = relation_heads
+        for own, other in self.last:
+            first, second = ours[own].attention, theirs[other].attention
+            for block in (first, second):
+                if not (isinstance(block, Attention) and isinstance(block.qkv, nn.Linear)):
+                    raise ValueError(
+                        f"attention_weight {attention_weight}: queries, keys and values of {type(block).__name__} are "
+                        "not one plain projection, so they have no relations to match; leave attention_weight at 0"
+                    )
+            assert isinstance(first, Attention)
+            self.heads = heads = self.heads or first.num_heads
+            for size in (*_widths(first), *_widths(second)):
+                if heads < 1 or size % heads:
+                    raise ValueError(
+                        f"relation_heads {self.heads} does not divide {size}, the width of the queries, keys or values "
+                        "of a model: choose a common divisor"
+                    )
+        for own, other in self.pairs:
+            widths = tuple(len(block.get_parameter("mlp_norm.weight")) for block in (ours[own], theirs[other]))
+            if widths[0] != widths[1]:
+                weight = nn.Parameter(torch.empty(widths[1], widths[0]))
+                init_linear(weight, widths[0])
+                self.register_parameter(f"from_{own}_to_{other}", weight)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a term at all."""
+        return bool(self.pairs or self.last)
+
+    def watch(self, student: nn.Module, teacher: nn.Module) -> tuple[Any, Any]:
+        """Contexts that see what the terms need of both."""
+        return (
+            watched(student, [own for own, _ in self.pairs], [own for own, _ in self.last]),
+            watched(teacher, sorted({other for _, other in self.pairs}), [other for _, other in self.last]),
+        )
+
+    def forward(self, student: Inside, teacher: Inside, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted terms, by name."""
+        terms: dict[str, Tensor] = {}
+        if self.pairs:
+            each = []
+            for own, other in self.pairs:
+                x = student.hidden[own]
+                weight = getattr(self, f"from_{own}_to_{other}", None)
+                x = x if weight is None else x.float() @ weight.t()
+                each.append(hidden_loss(x, teacher.hidden[other], self._valid(own, batch)))
+            terms["hidden"] = torch.stack(each).mean()
+        if self.last:
+            assert self.heads is not None
+            each = [
+                relation_loss(x, y, self.heads, self._valid(own, batch), causal=own not in self.encoder)
+                for own, other in self.last
+                for x, y in zip(student.projected[own], teacher.projected[other], strict=True)
+            ]
+            terms["relations"] = torch.stack(each).mean()
+        return terms
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Float[Tensor, ""] | float:
+        weights = {"hidden": self.hidden_weight, "relations": self.attention_weight}
+        return sum((weights[name] * value for name, value in terms.items()), 0.0)
+
+    def extra(self) -> dict[str, Tensor]:
+        """The learned matrices, which a checkpoint keeps beside the student."""
+        return {name: value.detach().cpu() for name, value in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_extra(self, values: Mapping[str, Tensor]) -> None:
+        """Take them from a checkpoint.
+
+        Raises:
+            ValueError: those of other pairs of layers or widths.
+        """
+        own = dict(self.named_parameters())
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in values.items()}:
+            raise ValueError(
+                f"the checkpoint has projections {sorted(values)}, and this run {sorted(own)}: resume with the "
+                "hidden_layers and the model of the checkpoint"
+            )
+        for name, value in values.items():
+            own[name].copy_(value)
+
+    def _save_to_state_dict(self, *given: Any, **more: Any) -> None:
+        """Nothing: whoever reads the student has no use for it."""
+
+    def _load_from_state_dict(self, *given: Any, **more: Any) -> None:
+        """Nothing, likewise."""
+
+    def _valid(self, block: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+        return batch.get("source_valid" if block in self.encoder else "valid")
+
+
+def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:
+    """Log-probabilities, in float32."""
+    x = x.float().reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
+    scores = x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5
+    return scores.masked_fill(~see, torch.finfo(scores.dtype).min).log_softmax(-1)
+
+
+def _stacks(blocks: Sequence[Block]) -> list[list[int]]:
+    """Numbers of the encoder's blocks, then of the decoder's; of a decoder alone all at once."""
+    parts = [[n for n, block in enumerate(blocks) if _causal(block) == causal] for causal in (False, True)]
+    return [part for part in parts if part]
+
+
+def _causal(block: Block) -> bool:
+    return bool(getattr(block.attention, "causal", True))
+
+
+def _widths(attention: Any) -> tuple[int, int]:
+    return attention.num_heads * attention.head_width, attention.num_kv_heads * attention.head_width
+
+
+def _checked(pairs: Sequence[Sequence[int]], ours: int, theirs: int) -> list[tuple[int, int]]:
+    found = []
+    for pair in pairs:
+        if len(pair) != 2 or not (0 <= pair[0] < ours and 0 <= pair[1] < theirs):
+            raise ValueError(
+                f"hidden_layers pairs a block of the student, 0 to {ours - 1}, with one of the teacher, 0 to "
+                f"{theirs - 1}, such as [[0, 1], [1, 3]]; got {list(pair)}"
+            )
+        found.append((pair[0], pair[1]))
+    if not found:
+        raise ValueError("hidden_layers is empty: name pairs of blocks, or leave it out")
+    return found

@@ -1,0 +1,307 @@
+"""The LightningModule that trains a student by a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+from jaxtyping import Float
+from torch import Tensor
+
+from switchkit.data.tokenizers import Tokenizer
+from switchkit.distill.evaluation import evaluate
+from switchkit.distill.loss import distillation_loss
+from switchkit.distill.matching import Matching
+from switchkit.distill.student import Inherited, Init, inherit, merge_experts
+from switchkit.distill.teacher import Precision, Teacher, open_teacher
+from switchkit.layers import MoEFactory
+from switchkit.losses.base import LossFactory
+from switchkit.models import NetFactory, Output
+from switchkit.module import LanguageModule
+from switchkit.optim import OptimizerFactory
+from switchkit.registry import full_path
+from switchkit.spec import build, describe
+from switchkit.twins import dense_spec
+
+__all__ = ["DistillModule"]
+
+
+class DistillModule(LanguageModule):
+    """Trains a student to do as a teacher does, and as the text says.
+
+    The loss is ``(1 - alpha) cross_entropy + alpha T^2 KL(teacher || student)`` over the real tokens (see
+    `distillation_loss`), the optional terms of `Matching`, and those of the student's own sparse layers. The teacher is
+    frozen, in evaluation mode and dropless; it is no part of the module's state, and moves to the device of the data.
+
+    A checkpoint of the run holds the student alone, as a `LanguageModule`: whatever reads one reads it, and needs no
+    teacher. What it takes to go on distilling is beside it, and a run goes on with the very same teacher only.
+
+    Args:
+        net: builds the student; null: the teacher's dense twin of equal FLOPs per token.
+        teacher: a checkpoint of any switchkit model, or in code a `LanguageModule`, whose model is copied.
+        alpha: share of the teacher's part of the loss; 0.25 is the paper's. 0 is plain training, which asks no teacher.
+        temperature: T, of both distributions in the divergence.
+        init: how the student begins: "fresh"; "non_expert", with the teacher's weights outside sparse layers, as in the
+            paper; or with these and, in place of each mixture, one layer made of its experts: their "mean", their mean
+            by "usage", the "most_used" one, or their mean by usage once their hidden units are "aligned". Those measure
+            the teacher on training batches first.
+        init_batches: how many.
+        teacher_precision: "bf16" keeps the teacher in bfloat16, in half the memory; null: as its file has it.
+        hidden_weight: of the match of hidden states; 0: none.
+        hidden_layers: pairs of a student's and a teacher's block, by number; null: evenly over the depth.
+        attention_weight: of the match of relations in the last blocks' attention; 0: none.
+        relation_heads: heads of these relations; null: the student's.
+        moe: builds the student's sparse layers, where it has any; null: `MoELayer` with its defaults.
+        losses: terms on the student's sparse layers; null: none for the twin, `balance` for a student of your own.
+        optimizer: null: the teacher's, as its checkpoint has it.
+        warmup_steps: optimizer steps of the linear rise; null: the teacher's.
+        schedule: "cosine" or "constant"; null: the teacher's.
+        final_lr: share of the peak rate at the end; null: the teacher's.
+        tokenizer: the vocabulary, which must be the teacher's; the command line takes it from the data.
+        vocab_size: symbols; null: as many as the teacher's logits have.
+
+    Raises:
+        ValueError: no teacher, one of another vocabulary or family than the student; a dense one without `net`; values
+            out of range.
+
+    Source: Hinton et al., arXiv 1503.02531; Fedus et al., arXiv 2101.03961, section 4.2 and Table 6.
+    """
+
+    def __init__(
+        self,
+        net: NetFactory | None = None,
+        *,
+        teacher: Any = None,
+        alpha: float = 0.25,
+        temperature: float = 1.0,
+        init: Init = "non_expert",
+        init_batches: int = 16,
+        teacher_precision: Precision | None = None,
+        hidden_weight: float = 0.0,
+        hidden_layers: list[list[int]] | None = None,
+        attention_weight: float = 0.0,
+        relation_heads: int | None = None,
+        moe: MoEFactory | None = None,
+        losses: list[LossFactory] | None = None,
+        optimizer: OptimizerFactory | None = None,
+        warmup_steps: int | None = None,
+        schedule: Literal["cosine", "constant"] | None = None,
+        final_lr: float | None = None,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if teacher is None:
+            raise ValueError("a student needs a teacher: teacher=, the path of a checkpoint or a LanguageModule")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is the teacher's share of the loss, from 0 to 1; got {alpha}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
+        if init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}; got {init!r}")
+        if init_batches < 1:
+            raise ValueError(f"init_batches must be at least 1; got {init_batches}")
+        asked = open_teacher(teacher, teacher_precision)
+        before = build(asked.spec).keywords
+        given = tokenizer() if callable(tokenizer) else tokenizer
+        _same_vocabulary(given, asked)
+        size = asked.vocab_size if vocab_size is None else vocab_size
+        if size != asked.vocab_size:
+            raise ValueError(f"vocab_size {size}: the teacher's logits have {asked.vocab_size} symbols; leave it out")
+        own = net if net is not None else _twin(asked, size)
+        super().__init__(
+            own,
+            moe=moe,
+            losses=[] if losses is None and net is None else losses,
+            optimizer=optimizer if optimizer is not None else before.get("optimizer"),
+            warmup_steps=before.get("warmup_steps", 100) if warmup_steps is None else warmup_steps,
+            schedule=before.get("schedule", "cosine") if schedule is None else schedule,
+            final_lr=before.get("final_lr", 0.1) if final_lr is None else final_lr,
+            tokenizer=given if given is not None else asked.tokenizer,
+            vocab_size=size,
+        )
+        if (mine := _family(self.net)) != (other := _family(asked.net)):
+            raise ValueError(
+                f"the teacher is {_A[other]} and the student {_A[mine]}: they read different batches. Leave net out "
+                "for the teacher's dense twin, or give one of its family"
+            )
+        self.alpha, self.temperature, self.init, self.init_batches = alpha, temperature, init, init_batches
+        options = {
+            "hidden_weight": hidden_weight,
+            "hidden_layers": hidden_layers,
+            "attention_weight": attention_weight,
+            "relation_heads": relation_heads,
+        }
+        self.matching = Matching(self.net, asked.net, **options)  # type: ignore[arg-type]
+        # In a tuple, where no hook of torch or Lightning finds it.
+        self._asked = (asked,)
+        self.inherited = inherit(self.net, asked.net) if init != "fresh" else Inherited()
+        self._begun = init in ("fresh", "non_expert")
+        own_options = {"alpha": alpha, "temperature": temperature, "init": init, "init_batches": init_batches}
+        self.resume_spec = {
+            "class_path": full_path(type(self)),
+            "init_args": {
+                **self.spec["init_args"],
+                **describe({**own_options, "teacher_precision": teacher_precision, **options}, type(self).__name__),
+                "teacher": asked.about["path"],
+            },
+        }
+        self.spec = {**self.spec, "class_path": full_path(LanguageModule)}
+
+    @property
+    def teacher(self) -> Teacher:
+        """The model that is asked."""
+        return self._asked[0]
+
+    # -- how it begins -------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and not self._begun:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if not hasattr(data, "train_loader"):
+                raise ValueError(
+                    f"init {self.init!r} measures the teacher on training batches: fit with a data module of "
+                    "switchkit, or call initialize(batches) before"
+                )
+            loader = data.train_loader(rank=0, world_size=1)
+            batches = [batch for _, batch in zip(range(self.init_batches), loader, strict=False)]
+            self.initialize(batches)
+
+    def initialize(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make the layers in place of mixtures of the teacher's experts, as `init` says, measured on some batches.
+
+        `fit` does this by itself, once, unless weights were loaded.
+
+        Raises:
+            ValueError: `init` makes nothing of experts, or the experts cannot be merged into the student's layers.
+        """
+        self.inherited = merge_experts(self.net, self.teacher.module, self.init, batches, self.inherited)
+        self._begun = True
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._begun = True
+        return found
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Mapping[str, Tensor]) -> Output:
+        self._check_kind(batch)
+        return super()._run(batch)
+
+    def _check_kind(self, batch: Mapping[str, Tensor]) -> None:
+        own = _family(self.net)
+        if ("source" in batch) != (own == "encoder_decoder"):
+            raise ValueError(
+                f"the teacher and the student are {own.replace('_', '-')}s, and the data are for the other kind of "
+                "model (batches with a source are an encoder-decoder's): give data of the teacher's kind"
+            )
+
+    def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
+        if not self.alpha and not self.matching.active:
+            return super()._learn(batch)
+        self._check_kind(batch)
+        ours, theirs = self.matching.watch(self.net, self.teacher.net)
+        with theirs as within:
+            told = self.teacher(batch)
+        with ours as seen:
+            out = self._run(batch)
+        targets, valid = batch["targets"], batch.get("valid")
+        found = distillation_loss(
+            out.logits, told.logits, targets, valid, alpha=self.alpha, temperature=self.temperature
+        )
+        terms = self.matching(seen, within, batch)
+        loss = found.loss + self.matching.weighted(terms)
+        return out, loss, {"cross_entropy": found.cross_entropy, "divergence": found.divergence, **terms}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        ours = checkpoint["switchkit"]
+        ours["resume"] = self.resume_spec
+        ours["teacher"] = dict(self.teacher.about)
+        ours["projections"] = self.matching.extra()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        ours = checkpoint.get("switchkit", {})
+        was = ours.get("teacher")
+        if was is not None and was["sha256"] != self.teacher.about["sha256"]:
+            raise ValueError(
+                f"the run was distilled from {was['path'] or 'a module'} (step {was['step']}), and "
+                f"{self.teacher.about['path'] or 'the given teacher'} (step {self.teacher.about['step']}) has other "
+                "weights: resume with the same teacher, or begin a new run with --init_from"
+            )
+        if was is not None:
+            self.matching.load_extra(ours.get("projections", {}))
+
+    # -- what is told --------------------------------------------------------------------------------------------
+
+    def opening_rows(self) -> list[tuple[str, str]]:
+        """For the table before training."""
+        about = self.teacher.about
+        where = "a module" if about["path"] is None else _short(about["path"])
+        rows = [("teacher", f"{where}, step {about['step']:,}, {self.teacher.parameters:,} parameters")]
+        begin = str(self.inherited) if self.inherited.copied else "fresh"
+        later = "" if self._begun else f"; those in place of mixtures become the experts' {self.init}"
+        rows.append(("student begins", begin + later))
+        share = f"{1 - self.alpha:g} cross-entropy + {self.alpha:g} divergence at temperature {self.temperature:g}"
+        return [*rows, ("learns from", share)]
+
+    def closing_rows(self, data: L.LightningDataModule, loss: float) -> list[tuple[str, str]]:
+        """For the table after it: the teacher on the same held-out text, and the compression."""
+        self.teacher.to(self.device)
+        found = evaluate(self.teacher.net, data.val_dataloader())
+        own = sum(parameter.numel() for parameter in self.net.parameters())
+        return [
+            ("teacher", f"{found.loss:.4f} nats per token; the student is {abs(loss - found.loss):.4f} "
+             f"{'above' if loss > found.loss else 'below'} it"),
+            ("compression", f"{own:,} parameters of {found.parameters:,}: {1 - own / found.parameters:.1%} less"),
+        ]  # fmt: skip
+
+
+_A = {"decoder": "a decoder", "encoder_decoder": "an encoder-decoder"}
+
+
+def _family(net: Any) -> str:
+    return "encoder_decoder" if hasattr(net, "start_id") else "decoder"
+
+
+def _short(path: str) -> str:
+    """Below the working directory, without it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _same_vocabulary(given: Tokenizer | None, teacher: Teacher) -> None:
+    if given is None or teacher.tokenizer is None:
+        if given is not None and given.vocab_size > teacher.vocab_size:
+            raise ValueError(
+                f"the data's vocabulary has {given.vocab_size} symbols, the teacher's logits {teacher.vocab_size}: "
+                "distil on data of the teacher's vocabulary"
+            )
+        return
+    if given != teacher.tokenizer:
+        raise ValueError(
+            f"the teacher reads another vocabulary ({_told(teacher.tokenizer)}) than the data have ({_told(given)}), "
+            "so its distribution is over other symbols: leave data.tokenizer out, or give data written with the "
+            "teacher's"
+        )
+
+
+def _told(tokenizer: Tokenizer) -> str:
+    return f"{type(tokenizer).__name__} of {tokenizer.vocab_size} symbols"
+
+
+def _twin(teacher: Teacher, vocab_size: int) -> NetFactory:
+    try:
+        spec = dense_spec(teacher.spec, vocab_size=vocab_size)
+    except ValueError as error:
+        raise ValueError(f"no student follows from this teacher by itself ({error}); give net") from error
+    factory: NetFactory = build(spec["init_args"]["net"])
+    return factory

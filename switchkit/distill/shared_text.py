@@ -1,0 +1,117 @@
+"""The held-out text on which models of several checkpoints can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from switchkit import checkpoints
+from switchkit.data.base import ResumableData
+from switchkit.data.text import TextData
+from switchkit.data.tokenizers import Tokenizer
+from switchkit.module import LanguageModule
+from switchkit.spec import build
+
+__all__ = ["Opened", "check_alike", "data_of", "load_module", "open_all"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint without its weights: what has to agree with others."""
+
+    path: Path
+    tokenizer: Tokenizer | None
+    data: Mapping[str, Any] | None
+    source: Mapping[str, Any] | None
+
+
+def open_all(paths: Sequence[str | Path]) -> list[Opened]:
+    """The settings of some checkpoints.
+
+    Raises:
+        ValueError: see `checkpoints.read`.
+    """
+    found = []
+    for path in map(Path, paths):
+        settings = checkpoints.read_settings(path)
+        tokenizer = (settings["model"].get("init_args") or {}).get("tokenizer")
+        made = build(tokenizer)() if tokenizer is not None else None
+        found.append(Opened(path, made, settings["data"], settings["source"]))
+    return found
+
+
+def check_alike(opened: Sequence[Opened], *, same_text: bool) -> None:
+    """Refuses checkpoints whose losses do not compare.
+
+    Args:
+        opened: the first is what the others are held to.
+        same_text: they must have been trained on the same text too, so that none has learned what others are tested on.
+
+    Raises:
+        ValueError: another vocabulary, another kind of data, another text, or one that does not say.
+    """
+    first = opened[0]
+    for other in opened[1:]:
+        if other.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"{other.path} reads {_words(other.tokenizer)} and {first.path} {_words(first.tokenizer)}: losses per "
+                "token compare within one vocabulary only"
+            )
+        if not same_text:
+            continue
+        for one in (first, other):
+            if one.data is None or one.source is None:
+                raise ValueError(f"{one.path} does not say what it was trained on: name the text by --text")
+        kinds = [one.data["class_path"] for one in (first, other) if one.data]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{other.path} was trained on {kinds[1]} and {first.path} on {kinds[0]}: their tasks differ"
+            )
+        texts = [(one.source or {}).get("sha256") for one in (first, other)]
+        if texts[0] != texts[1]:
+            names = [(one.source or {}).get("description") for one in (first, other)]
+            raise ValueError(
+                f"{other.path} was trained on another text ({names[1]}) than {first.path} ({names[0]}), and may have "
+                "read what is held out there: compare models of one text, or give one that none has read by --text"
+            )
+
+
+def data_of(opened: Opened, text: str | None = None) -> ResumableData:
+    """The data module of a checkpoint, ready to evaluate; on another text where one is named.
+
+    Raises:
+        ValueError: it has none, or none that reads one text.
+    """
+    if opened.data is None:
+        if text is None:
+            raise ValueError(f"{opened.path} does not say what it was trained on: name the text by --text")
+        data: Any = TextData(text, tokenizer=opened.tokenizer)
+    else:
+        factory = build(opened.data)
+        arguments = dict(factory.keywords)
+        if text is not None:
+            if "path" not in arguments:
+                raise ValueError(f"--text {text}: {factory.func.__name__} reads no single text; leave --text out")
+            arguments["path"] = text
+        tokenizer = arguments.get("tokenizer")
+        arguments["tokenizer"] = tokenizer() if isinstance(tokenizer, partial) else tokenizer
+        data = factory.func(**arguments)
+    if not isinstance(data, ResumableData):
+        raise ValueError(
+            f"{opened.path}: {type(data).__name__} is no data module of switchkit, and says not what is held out"
+        )
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def load_module(path: Path, device: str) -> LanguageModule:
+    """The model of a checkpoint, in evaluation mode."""
+    return LanguageModule.load_from_checkpoint(path, map_location=device).eval()
+
+
+def _words(tokenizer: Tokenizer | None) -> str:
+    return "no text" if tokenizer is None else f"{type(tokenizer).__name__} of {tokenizer.vocab_size} symbols"

@@ -1,0 +1,123 @@
+"""How a student begins: what it takes over from its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from switchkit.convert.measuring import measure
+from switchkit.convert.merging import How, feed_forward_of
+from switchkit.layers import MoELayer
+from switchkit.module import LanguageModule
+
+__all__ = ["Inherited", "Init", "inherit", "merge_experts"]
+
+Init = Literal["fresh", "non_expert", "mean", "usage", "most_used", "aligned"]
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """The student's weights, by where they came from."""
+
+    copied: tuple[str, ...] = ()
+    """Those that are the teacher's, bit for bit."""
+    merged: tuple[str, ...] = ()
+    """Those made of the teacher's experts."""
+    fresh: tuple[str, ...] = ()
+    """Those drawn anew: of experts and routers, and what the teacher has no like of."""
+    reshaped: tuple[str, ...] = ()
+    """Of the fresh ones, those that the teacher has in another shape."""
+
+    def __str__(self) -> str:
+        told = [f"{len(self.copied)} weights from the teacher"]
+        told += [f"{len(self.merged)} made of its experts ({_some(self.merged)})"] if self.merged else []
+        told += [f"{len(self.fresh)} fresh ({_some(self.fresh)})"] if self.fresh else []
+        told += [f"{len(self.reshaped)} of them of another shape"] if self.reshaped else []
+        return ", ".join(told)
+
+
+@torch.no_grad()
+def inherit(student: nn.Module, teacher: nn.Module) -> Inherited:
+    """Copy the teacher's non-expert weights into `student`: all names and shapes that both have outside sparse layers.
+
+    Source: arXiv 2101.03961, section 4.2, "initializing with the non-expert weights of the teacher".
+    """
+    theirs = _outside(teacher)
+    copied, fresh, reshaped = [], [], []
+    own = student.state_dict(keep_vars=True)
+    outside = _outside(student)
+    for name, value in own.items():
+        if name not in outside or name not in theirs:
+            fresh.append(name)
+        elif theirs[name].shape != value.shape:
+            fresh.append(name)
+            reshaped.append(name)
+        else:
+            value.copy_(theirs[name])
+            copied.append(name)
+    return Inherited(tuple(copied), (), tuple(fresh), tuple(reshaped))
+
+
+@torch.no_grad()
+def merge_experts(
+    student: nn.Module, teacher: LanguageModule, how: str, batches: Iterable[Mapping[str, Tensor]], so_far: Inherited
+) -> Inherited:
+    """Fill the student's dense layers that stand where the teacher has mixtures with one expert made of theirs.
+
+    The experts' usage, and what the router multiplies their outputs by on average, are measured on `batches`.
+
+    Args:
+        student: changed in place.
+        teacher: in evaluation mode.
+        how: see `switchkit.convert.merging.merge`.
+        batches: what the teacher is measured on.
+        so_far: what `inherit` did.
+
+    Raises:
+        ValueError: another word for `how`, no batch, experts that cannot be merged, layers of another width.
+    """
+    if how not in get_args(How):
+        raise ValueError(f"init {how!r} makes nothing of experts; those that do are {', '.join(get_args(How))}")
+    done: list[str] = []
+    for use in measure(teacher, batches).layers:
+        name = use.layer
+        layer, place = teacher.net.get_submodule(name), _module(student, name)
+        if place is None or isinstance(place, MoELayer):
+            continue
+        assert isinstance(layer, MoELayer)
+        weights = feed_forward_of(layer, cast(How, how), usage=use.load, gate=use.gate)
+        own = place.state_dict(keep_vars=True)
+        theirs = {key: list(value.shape) for key, value in weights.items()}
+        if {key: list(value.shape) for key, value in own.items()} != theirs:
+            raise ValueError(
+                f"init {how!r}: the experts of {name} make a layer with {theirs}, and the student's there has "
+                f"{ {key: list(value.shape) for key, value in own.items()} }: take init non_expert, or a student with "
+                "layers of the experts' width"
+            )
+        for key, value in weights.items():
+            own[key].copy_(value)
+            done.append(f"{name}.{key}")
+    fresh = tuple(name for name in so_far.fresh if name not in done)
+    return replace(so_far, merged=tuple(done), fresh=fresh)
+
+
+def _module(net: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _outside(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights outside sparse layers."""
+    sparse = tuple(f"{name}." for name, part in net.named_modules() if isinstance(part, MoELayer))
+    return {name: value for name, value in net.state_dict().items() if not name.startswith(sparse)}
+
+
+def _some(names: tuple[str, ...], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,54 @@
+"""The table of a mixture's students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from switchkit.distill.table import TableRow
+
+__all__ = ["distill_table"]
+
+
+def distill_table(rows: Sequence[TableRow], about: str) -> Table:
+    """Losses, what of the gain is kept, and what it costs; `about` says on what text."""
+    table = Table(title=f"Distillation: {about}", title_justify="left", title_style="bold", box=box.ROUNDED)
+    table.add_column("model", style="cyan")
+    peak = any(row.peak is not None for row in rows)
+    for name in ("seeds", "nats per token", "gain kept", "parameters", "smaller", "tokens/s", "weights"):
+        table.add_column(name, justify="right")
+    if peak:
+        table.add_column("peak memory", justify="right")
+    for row in rows:
+        cells = [
+            row.name,
+            str(len(row.losses)),
+            f"{row.loss:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}"),
+            _kept(row),
+            f"{row.parameters:,}",
+            f"{row.compression:.1%}",
+            f"{row.tokens_per_second:,.0f}",
+            _bytes(row.weights),
+        ]
+        table.add_row(*cells, *([_bytes(row.peak or 0)] if peak else []))
+    return table
+
+
+def _kept(row: TableRow) -> str:
+    if row.preserved is None:
+        return ""
+    if row.preserved.percent is None:
+        return "refused"
+    spread = row.preserved.spread
+    return f"{row.preserved.percent:.0f}%" + ("" if spread is None else f" ± {spread:.0f}")
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.3g} GiB"

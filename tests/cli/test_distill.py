@@ -1,0 +1,233 @@
+"""Distilling from the command line: what comes from the teacher, what a student's checkpoint does without one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from switchkit import ByteTokenizer, checkpoints
+from switchkit.cli.lightning import build
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.accelerator", "cpu"]
+SHORT += ["--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.fixture
+def taught(folder, run) -> Path:
+    """The checkpoint of a small mixture."""
+    code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "taught")
+    assert code == 0, err
+    return checkpoints.last(Path("taught"))
+
+
+@pytest.fixture
+def distilled(taught, run) -> Path:
+    code, out, err = run("fit", "-c", "distill", "--model.teacher", str(taught), *SHORT)
+    assert code == 0, err
+    assert "compression" in out
+    return checkpoints.last(Path("runs"))
+
+
+def test_everything_comes_from_the_teacher(taught):
+    cli = build(["-c", "distill", "--model.teacher", str(taught)])
+    assert cli.datamodule.path == "text.txt"
+    assert cli.datamodule.batch_size == 4
+    assert cli.model.tokenizer == cli.datamodule.tokenizer == cli.model.teacher.tokenizer
+    assert cli.model.sparse_layers == []
+    assert cli.model.net.context == 16
+    assert cli.model.optimizer.keywords["lr"] == 1e-3
+    assert (cli.model.alpha, cli.model.temperature, cli.model.init) == (0.25, 1.0, "non_expert")
+
+
+def test_what_is_given_wins(taught):
+    Path("other.txt").write_text("a lazy dog jumps.\n" * 100)
+    given = ["--data.path", "other.txt", "--data.batch_size", "2", "--model.alpha", "0.5", "--model.init", "fresh"]
+    given += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.net", "Decoder"]
+    given += ["--model.net.d_model", "8", "--model.net.num_heads", "2", "--model.net.sparse", "[]", "--model.losses"]
+    cli = build(["-c", "distill", "--model.teacher", str(taught), *given, "[]"])
+    assert cli.datamodule.path == "other.txt"
+    assert cli.datamodule.batch_size == 2
+    # The other text's own characters are fewer: the vocabulary stays the teacher's.
+    assert cli.datamodule.tokenizer == cli.model.teacher.tokenizer
+    assert cli.model.net.d_model == 8
+    assert cli.model.spec["init_args"]["optimizer"]["class_path"] == "torch.optim.sgd.SGD"
+
+
+def test_a_student_lives_without_its_teacher(distilled, run):
+    """Evaluated with and without the settings of its run, continued in text, and begun from."""
+    shutil.rmtree("taught")
+    settings = str(next(Path("runs").rglob("config.yaml")))
+    cpu = ["--trainer.accelerator", "cpu"]
+    for given in ([], ["-c", settings]):
+        code, out, err = run("validate", *given, "--ckpt_path", str(distilled), *cpu)
+        assert code == 0, err
+        assert "val/loss" in out
+    code, out, err = run("generate", "--ckpt_path", str(distilled), "--prompt", "the", "--max_new_tokens", "5")
+    assert code == 0, err
+    new = ["--init_from", str(distilled), "--data", "TextData", "--data.path", "text.txt", "--data.context", "16"]
+    assert type(build(new).model).__name__ == "LanguageModule"
+    code, _, err = run("export-hf", str(distilled), "--out", "exported")
+    assert code == 2
+    assert "family" in err or "cannot" in err or "no " in err  # LayerNorm has no family; the file itself was read
+
+
+def test_a_run_goes_on_with_its_teacher(taught, distilled, run):
+    """By the checkpoint alone, and by the saved settings; as one that never stopped."""
+    whole = checkpoints.read(distilled)["state_dict"]
+    shutil.rmtree("runs")
+    stop = [*SHORT, "--trainer.limit_train_batches", "4"]
+    code, _, err = run("fit", "-c", "distill", "--model.teacher", str(taught), *stop, "--trainer.max_steps", "2")
+    assert code == 0, err
+    half = checkpoints.last(Path("runs"))
+    settings = str(next(Path("runs").rglob("config.yaml")))
+    assert type(build(["--ckpt_path", str(half), *SHORT]).model).__name__ == "DistillModule"
+    # The schedule of the short run ended sooner, so only the first steps could be the same.
+    for given in (["--ckpt_path", "last"], ["-c", settings, "--ckpt_path", "last"]):
+        code, _, err = run("fit", *given, *SHORT)
+        assert code == 0, err
+    done = checkpoints.read(checkpoints.last(Path("runs")))
+    assert done["global_step"] == 4
+    assert done["state_dict"].keys() == whole.keys()
+    assert done["switchkit"]["teacher"]["sha256"] == checkpoints.read(half)["switchkit"]["teacher"]["sha256"]
+    Path(taught).rename("moved.ckpt")
+    code, _, err = run("fit", "--ckpt_path", str(half), *SHORT)
+    assert code == 2
+    assert "last.ckpt: there is no such file" in err
+    assert "if it was moved, say where to" in err
+    more = ["--model.teacher", "moved.ckpt", "--trainer.max_steps", "6"]
+    code, _, err = run("fit", "--ckpt_path", str(half), *SHORT, *more)
+    assert code == 0, err
+
+
+def test_no_teacher(run):
+    code, _, err = run("fit", "-c", "distill")
+    assert code == 2
+    assert "switchkit fit --config tiny_shakespeare" in err
+    assert "switchkit fit --config distill --model.teacher" in err
+    assert err.count("\n") == 1
+
+
+def test_what_does_not_fit(taught, run):
+    given = ["fit", "-c", "distill", "--model.teacher", str(taught)]
+    code, _, err = run(*given, "--data.tokenizer", "ByteTokenizer")
+    assert code == 2
+    assert "reads another vocabulary (CharTokenizer of" in err
+    code, _, err = run(*given, "--model.net", "EncoderDecoder")
+    assert code == 2
+    assert "the teacher is a decoder and the student an encoder-decoder" in err
+    code, _, err = run(*given, "--data", "SpanData", "--data.path", "text.txt")
+    assert code == 2
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
+    code, _, err = run(*given[:-1], "small.yaml")
+    assert code == 2
+    assert "small.yaml" in err
+
+
+def test_an_imported_teacher_brings_no_data(folder, run):
+    from functools import partial
+
+    from switchkit import Decoder, LanguageModule
+    from switchkit.interop.files import save_checkpoint
+
+    net = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=2, context=16, sparse=[0])
+    save_checkpoint(LanguageModule(net, tokenizer=ByteTokenizer()), Path("bare.ckpt"))
+    code, _, err = run("fit", "-c", "distill", "--model.teacher", "bare.ckpt")
+    assert code == 2
+    assert "brings no data" in err
+    more = ["--data", "TextData", "--data.path", "text.txt", "--data.context", "16", *SHORT]
+    code, _, err = run("fit", "-c", "distill", "--model.teacher", "bare.ckpt", *more)
+    assert code == 0, err
+
+
+def test_pairs(folder, run):
+    """Task data over a teacher of one's own."""
+    lines = [f"red {n}" for n in range(40)]
+    Path("en.txt").write_text("\n".join(lines) + "\n")
+    Path("xx.txt").write_text("\n".join(line[::-1] for line in lines) + "\n")
+    small = ["--model.net.d_model", "16", "--model.net.encoder_layers", "2", "--model.net.d_ff", "16"]
+    files = ["--data.source", "en.txt", "--data.target", "xx.txt", "--data.batch_size", "4"]
+    own = [*small, *files, *SHORT, "--trainer.callbacks", "[]"]
+    code, _, err = run("fit", "-c", "t5_translate", *own, "--trainer.default_root_dir", "taught")
+    assert code == 0, err
+    path = str(checkpoints.last(Path("taught")))
+    code, out, err = run("fit", "-c", "distill", "--model.teacher", path, *SHORT)
+    assert code == 0, err
+    assert "compression" in out
+
+
+# -- distill-report --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(folder, run) -> Path:
+    more = ["--model.net.sparse", "[]", "--model.losses", "[]", "--trainer.default_root_dir", "dense"]
+    code, _, err = run("fit", "-c", "small.yaml", *more)
+    assert code == 0, err
+    return checkpoints.last(Path("dense"))
+
+
+def test_the_report(taught, distilled, dense, run):
+    given = ["distill-report", "--device", "cpu", "--dense", str(dense), "--teacher", str(taught)]
+    given += ["--student", f"mix={distilled}"]
+    code, out, err = run(*given)
+    assert code == 0, err
+    assert "mix" in out
+    assert "gain kept" in out
+    code, out, _ = run(*given, "--json")
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert list(rows) == ["dense", "teacher", "mix"]
+    code, out, _ = run("validate", "--ckpt_path", str(dense), "--trainer.accelerator", "cpu")
+    loss = float(next(line for line in out.splitlines() if "val/loss" in line).split()[3])
+    # limit_val_batches is the run's, not the checkpoint's: validate reads the whole text too.
+    assert rows["dense"]["loss"] == pytest.approx(loss, rel=1e-5)
+    code, out, _ = run(*given, "--csv")
+    listed = list(csv.DictReader(io.StringIO(out)))
+    assert [row["name"] for row in listed] == ["dense", "teacher", "mix"]
+    assert float(listed[2]["loss"]) == rows["mix"]["loss"]
+
+
+def test_what_does_not_compare(taught, dense, run):
+    given = ["distill-report", "--device", "cpu", "--dense", str(dense), "--teacher", str(taught), "--student"]
+    Path("other.txt").write_text("the quick brown fox jumps over the lazy dog!\n" * 100)
+    Path("same.txt").write_text("lazy dog. the quick brown fox jumps over the\n" * 100)
+    for name in ("other", "same"):
+        more = ["--data.path", f"{name}.txt", "--trainer.default_root_dir", name]
+        code, _, err = run("fit", "-c", "small.yaml", *more)
+        assert code == 0, err
+    code, _, err = run(*given, f"x={checkpoints.last(Path('other'))}")
+    assert code == 2
+    assert "losses per token compare within one vocabulary only" in err
+    same = f"x={checkpoints.last(Path('same'))}"
+    code, _, err = run(*given, same)
+    assert code == 2
+    assert "was trained on another text" in err
+    code, _, err = run(*given, same, "--text", "text.txt")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--student", "mix"], "expected NAME=CKPT"),
+        (["--student", "teacher=x.ckpt"], "teacher is given by --teacher"),
+        (["--student", "x=gone.ckpt"], "--student gone.ckpt: there is no such file"),
+        (["--student", "x=gone.ckpt", "--json", "--csv"], "give one of them"),
+        ([], "required: --student"),
+    ],
+    ids=str,
+)
+def test_bad_options(run, more, message):
+    code, _, err = run("distill-report", "--dense", "text.txt", "--teacher", "text.txt", *more)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1

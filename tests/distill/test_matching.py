@@ -1,0 +1,132 @@
+"""Terms on hidden states and on relations in attention, against loops."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from pupils import batch, student, teacher
+from small import MOE, NET
+
+from switchkit import Decoder, LatentAttention
+from switchkit.distill.matching import Matching, even_map, hidden_loss, relation_loss, watched
+
+B, S, R = 2, 4, 2
+
+
+def test_hidden_states_against_a_loop():
+    ours, theirs = torch.randn(B, S, 3), torch.randn(B, S, 3)
+    valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    squares = [
+        sum((ours[b, s, d] - theirs[b, s, d]).item() ** 2 for d in range(3)) / 3
+        for b in range(B)
+        for s in range(S)
+        if valid[b, s]
+    ]
+    assert hidden_loss(ours, theirs, valid).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relations_against_a_loop(causal):
+    """Widths 6 and 4 cut into two heads each; padding neither looks nor is looked at."""
+    ours, theirs = torch.randn(B, S, 6), torch.randn(B, S, 4)
+    valid = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    total = count = 0.0
+    for b in range(B):
+        for i in range(S):
+            if not valid[b, i]:
+                continue
+            count += 1
+            for head in range(R):
+                logs = []
+                for x in (theirs, ours):
+                    w = x.shape[-1] // R
+                    rows = x[b, :, head * w : (head + 1) * w]
+                    seen = [j for j in range(S) if valid[b, j] and (j <= i or not causal)]
+                    scores = {j: (rows[i] @ rows[j]).item() / math.sqrt(w) for j in seen}
+                    norm = math.log(sum(math.exp(v) for v in scores.values()))
+                    logs.append({j: v - norm for j, v in scores.items()})
+                p, q = logs
+                total += sum(math.exp(p[j]) * (p[j] - q[j]) for j in p) / R
+    found = relation_loss(ours, theirs, R, valid, causal=causal)
+    assert found.item() == pytest.approx(total / count, rel=1e-4)
+    assert relation_loss(theirs, theirs, R, valid, causal=causal).item() == 0
+
+
+def test_layers_are_paired_evenly():
+    assert even_map(range(2), range(6)) == [(0, 2), (1, 5)]
+    assert even_map([0, 1, 2], [3, 4, 5]) == [(0, 3), (1, 4), (2, 5)]
+    assert even_map(range(4), range(2))[-1] == (3, 1)
+
+
+def test_hooks_see_what_blocks_give_and_are_gone(tmp_path):
+    net = teacher(tmp_path).eval().net
+    given = batch(tmp_path)
+    with watched(net, [0, 1], [1]) as inside:
+        net(given["tokens"], given["valid"])
+    assert {n: x.shape for n, x in inside.hidden.items()} == {0: (3, 8, 16), 1: (3, 8, 16)}
+    # What the norm and the output layer make of the last one are the logits.
+    logits = net.norm(inside.hidden[1]) @ net.embed.weight.t()
+    assert torch.equal(logits, net(given["tokens"], given["valid"]).logits)
+    assert [x.shape[-1] for x in inside.projected[1]] == [16, 16, 16]
+    assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_the_terms_of_a_student(tmp_path):
+    """Both terms fall to 0 for a student that is the teacher, and are in the loss with their weights."""
+    taught = teacher(tmp_path).eval()
+    given = batch(tmp_path)
+    same = Matching(taught.net, taught.net, hidden_weight=2.0, attention_weight=3.0)
+    ours, theirs = same.watch(taught.net, taught.net)
+    with ours as seen, theirs as within:
+        taught.net(given["tokens"], given["valid"])
+    assert {name: x.item() for name, x in same(seen, within, given).items()} == {"hidden": 0, "relations": 0}
+    pupil = student(tmp_path, alpha=0.0, hidden_weight=2.0, attention_weight=3.0)
+    pupil.eval()
+    _, loss, named = pupil._learn(given)
+    assert loss.item() == pytest.approx(
+        (named["cross_entropy"] + 2 * named["hidden"] + 3 * named["relations"]).item(), rel=1e-6
+    )
+    assert min(named["hidden"].item(), named["relations"].item()) > 0
+    loss.backward()
+    assert all(p.grad is not None for p in pupil.net.parameters())
+
+
+def test_the_sides_of_an_encoder_decoder_are_matched_by_themselves(tmp_path):
+    """Blocks of the encoder are counted over the source, which has another length and other padding."""
+    from pupils import pairs, t5_teacher
+
+    from switchkit import DistillModule
+
+    t5_teacher(tmp_path)
+    source = pairs(tmp_path)
+    pupil = DistillModule(teacher=tmp_path / "t5.ckpt", hidden_weight=1.0, attention_weight=1.0)
+    assert pupil.matching.pairs == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert pupil.matching.last == [(1, 1), (3, 3)]
+    assert pupil.matching.encoder == {0, 1}
+    source.setup("fit")
+    given = next(iter(source.train_loader(rank=0, world_size=1)))
+    assert given["source"].shape != given["tokens"].shape
+    pupil.eval()
+    first = pupil._learn(given)[1]
+    padded = {**given, "source": given["source"].masked_fill(~given["source_valid"], 7)}
+    assert torch.equal(first, pupil._learn(padded)[1])
+
+
+def test_attention_without_plain_projections_is_refused(tmp_path):
+    latent = partial(LatentAttention, kv_rank=8, nope_width=4, rope_width=4, v_width=8)
+    teacher(tmp_path, net=partial(NET, attention=latent), moe=MOE)
+    with pytest.raises(ValueError, match="LatentAttention are not one plain projection"):
+        student(tmp_path, attention_weight=1.0)
+
+
+def test_a_narrow_student_is_taken_to_the_teacher_s_width(tmp_path):
+    teacher(tmp_path)
+    narrow = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=24, context=8, sparse=[])
+    pupil = student(tmp_path, net=narrow, losses=[], hidden_weight=1.0)
+    assert {name: tuple(p.shape) for name, p in pupil.matching.named_parameters()} == {"from_0_to_1": (16, 8)}
+    assert not any("from_0" in name for name in pupil.state_dict())
+    pupil.training_step(batch(tmp_path), 0)["loss"].backward()
+    assert pupil.matching.from_0_to_1.grad.abs().sum() > 0
