@@ -51,13 +51,10 @@ class Conversion:
         return cls(path, out, module, settings["data"], settings["source"])
 
     @property
-    def data_name(self) -> str:
-        """What ``--data`` calls the class of its data."""
-        return (
-            "TextData"
-            if self.data is None
-            else str(self.data["class_path"]).removeprefix("switchkit.data.").rpartition(".")[2]
-        )
+    def go_on(self) -> str:
+        """The command that trains what was made, on the data that the checkpoint belongs to."""
+        data = "" if self.data is not None else " --data TextData --data.path FILE"
+        return f"switchkit fit --ckpt_path {self.out}{data} --trainer.max_steps 1000"
 
     def save(self, module: LanguageModule) -> None:
         """Write a model with the tokenizer, the data settings and the source of the one that was read."""

@@ -26,12 +26,16 @@ ABOUT = {
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the checkpoint, and show parameters and held-out loss before and after."""
     options = parsed(_parser(command), argv)
+    if options.no_data and getattr(options, "by", None) in ("usage", "weight"):
+        raise UserError(f"--by {options.by} is measured on data: leave --no_data out, or take --by similarity")
     work = Conversion.begin(options)
 
     from switchkit.convert import shrinking
     from switchkit.convert.measuring import assumed, measure
 
     batches = None if options.no_data else _batches(work, options.plugins)
+    if batches is None and getattr(options, "by", None) in ("usage", "weight"):
+        raise UserError(f"{work.path} belongs to no data to measure --by {options.by} on: take --by similarity")
     if batches is None:
         say("nothing was measured: all experts count alike")
     found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
@@ -41,10 +45,14 @@ def run(command: str, argv: Sequence[str]) -> int:
         made = shrinking.merge_experts(work.module, options.experts, found, how=options.how)
     else:
         made = shrinking.to_dense(work.module, found, how=options.how)
-    after = None if batches is None else measure(made, batches, limit=options.batches)
+    after = None
+    if batches is not None:
+        after = measure(made, batches, limit=options.batches)
+        if made.sparse_layers and shrinking.rescale(made, found, after):
+            after = measure(made, batches, limit=options.batches)
     work.save(made)
     _show(command, work, made, found, after)
-    say(f"the optimizer starts afresh. Go on with: switchkit fit --init_from {work.out} --data {work.data_name}")
+    say(f"the optimizer starts afresh. Go on with: {work.go_on}")
     return 0
 
 
@@ -61,7 +69,13 @@ def _parser(command: str) -> OptionParser:
     positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     if command == "prune":
         add("--keep", type=positive, required=True, metavar="N", help="experts of each layer that stay")
-        add("--by", choices=get_args(By), default="usage", help="what tells the best (default: %(default)s)")
+        add(
+            "--by",
+            choices=get_args(By),
+            default="usage",
+            help="which stay: the most used, those of the largest sum of weights, "
+            "or the least alike (default: %(default)s)",
+        )
     else:
         if command == "merge":
             add("--experts", type=positive, required=True, metavar="N", help="experts that each layer is left with")

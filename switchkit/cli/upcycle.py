@@ -44,7 +44,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         f"step 0, on {found.tokens} random tokens: logits differ by {found.logits:.1e} of the largest, loss "
         f"{found.after:.5f} (dense {found.before:.5f})"
     )
-    say(f"the optimizer starts afresh. Go on with: switchkit fit --init_from {work.out} --data {work.data_name}")
+    say(f"the optimizer starts afresh. Go on with: {work.go_on}")
     return 0
 
 

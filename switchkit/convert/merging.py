@@ -115,9 +115,9 @@ def feed_forward_of(
         layer: its experts are `mlp`, `gated_mlp`, or `shared` with the mix "sum".
         how: see `merge`.
         usage: assignments of each expert, as `switchkit.convert.measuring.measure` counts them.
-        gate: what the router multiplied the routed experts by, summed over the choices of a token: one mean, or one for
-            each expert. A `switch` router has weights below 1, so that a copy of its expert would be too loud. Null: 1,
-            as with weights that sum to one.
+        gate: what the router multiplied the routed experts by, summed over the choices of a token: one mean, as
+            measured, or one for each expert. A `switch` router has weights below 1, so that a copy of its expert would
+            be too loud. Null: 1, as with weights that sum to one.
 
     Raises:
         ValueError: experts that a `FeedForward` cannot express (another kind, biases, shared ones mixed by a gate), or

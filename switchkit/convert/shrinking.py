@@ -18,9 +18,9 @@ from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.spec import describe
 
-__all__ = ["By", "groups_of", "merge_experts", "prune", "to_dense"]
+__all__ = ["By", "groups_of", "kept_experts", "merge_experts", "prune", "rescale", "to_dense"]
 
-By = Literal["usage", "weight"]
+By = Literal["usage", "weight", "similarity"]
 
 PER_EXPERT = frozenset(("weight", "offset", "noise_weight", "bias", "embedding"))
 """State of a router with a row, or a number, for each expert."""
@@ -40,8 +40,7 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "us
         module: stays as it is.
         keep: experts of each layer that stay, at least the router's k.
         measured: what the experts are used for, see `switchkit.convert.measuring`.
-        by: "usage": those with the most assignments stay; "weight": those whose outputs came back with the largest sum
-            of weights (arXiv 2206.00277 drops by either).
+        by: which stay, see `kept_experts`.
 
     Raises:
         ValueError: `keep` out of range, another word for `by`, a router or experts that no expert can be taken out of.
@@ -50,13 +49,29 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "us
         raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
 
     def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        score = use.load if by == "usage" else use.weight
-        stays = score.argsort(descending=True, stable=True)[:keep].sort().values
+        stays = torch.tensor(kept_experts(use, keep, by))
         stack = {name: tensor[stays.to(tensor.device)] for name, tensor in stack_of(layer.experts).items()}
         rows = {name: tensor[stays.to(tensor.device)] for name, tensor in _router_rows(layer).items()}
         return stack, rows
 
     return _shrunk(module, keep, measured, chosen)
+
+
+def kept_experts(use: ExpertUse, keep: int, by: By = "usage") -> list[int]:
+    """The experts of a layer that stay, in their old order.
+
+    "usage": those with the most assignments; "weight": those whose outputs came back with the largest sum of weights
+    (arXiv 2206.00277 drops by either); "similarity": of the two that are most alike the less used goes, again and
+    again, which a router's rows can tell without data (`switchkit.convert.measuring.assumed`).
+    """
+    if by != "similarity":
+        score = use.load if by == "usage" else use.weight
+        return sorted(score.argsort(descending=True, stable=True)[:keep].tolist())
+    left = list(range(len(use.load)))
+    while len(left) > keep:
+        _, a, b = max((float(use.alike[a, b]), a, b) for i, a in enumerate(left) for b in left[i + 1 :])
+        left.remove(a if use.load[a] < use.load[b] else b)
+    return left
 
 
 def merge_experts(
@@ -67,7 +82,7 @@ def merge_experts(
     The most used experts lead the groups, and every other joins the leader that the router scores most like it
     (`groups_of`). A group becomes one expert by `switchkit.convert.merging.merge`, and its rows of the router become
     their mean weighted by usage: where all of a group are alike, that is the row of each. The softmax then counts once
-    what it counted as often as the group has members; training on from here makes up for it.
+    what it counted as often as the group has members; where its probabilities are the weights, see `rescale`.
 
     Args:
         module: stays as it is.
@@ -112,6 +127,30 @@ def groups_of(alike: Float[Tensor, "E E"], usage: Float[Tensor, "E"], count: int
     group = alike[:, leaders].argmax(-1)
     group[leaders] = torch.arange(count)
     return group
+
+
+@torch.no_grad()
+def rescale(module: LanguageModule, before: Measured, after: Measured) -> bool:
+    """Multiply the routed experts' outputs so that a token's weights come to what they did; whether any changed.
+
+    Fewer experts have larger probabilities each. Where these are the weights (`switch`), experts that learned to be
+    multiplied by less would be too loud. Weights that sum to one did and do, and nothing changes.
+
+    Args:
+        module: what `prune` or `merge_experts` made; it is changed in place.
+        before: measured of the model that it was made of.
+        after: measured of `module`, on the same data.
+    """
+    changed = False
+    for layer, old, new in zip(moe_layers(module).values(), before.layers, after.layers, strict=True):
+        factor = old.gate / new.gate if new.gate else 1.0
+        if abs(factor - 1) > 1e-6:
+            changed = True
+            routed = layer.experts.routed if isinstance(layer.experts, Shared) else layer.experts
+            for name, weight in routed.named_parameters():
+                if name in ("w2", "b2"):
+                    weight.mul_(factor)
+    return changed
 
 
 def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned") -> LanguageModule:

@@ -37,13 +37,14 @@ def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Pa
     told = capsys.readouterr().err
     assert "1 sparse layers" in told
     assert "step 0" in told
-    assert "fit --init_from made.ckpt --data TextData" in told
+    assert "switchkit fit --ckpt_path made.ckpt --trainer.max_steps 1000" in told
     old, new = (LanguageModule.load_from_checkpoint(path) for path in (dense, "made.ckpt"))
     assert new.tokenizer == old.tokenizer
     tokens = torch.arange(12).unsqueeze(0)
     assert torch.allclose(new.eval()(tokens), old.eval()(tokens), atol=1e-6)
     # Its data settings came along.
     assert main(["validate", "--ckpt_path", "made.ckpt"]) == 0
+    assert main(["fit", "--ckpt_path", "made.ckpt", "--trainer.accelerator", "cpu", "--trainer.max_steps", "1"]) == 0
     more = ["--data.path", "text.txt", "--data.batch_size", "2", "--data.context", "16", "--trainer.max_steps", "1"]
     begin = ["--init_from", "made.ckpt", "--data", "TextData", "--trainer.accelerator", "cpu"]
     assert main(["fit", *begin, *more, "--trainer.limit_val_batches", "1"]) == 0
@@ -59,7 +60,7 @@ def test_fewer_experts_are_measured_on_the_checkpoints_data(trained: Path, run) 
         made = LanguageModule.load_from_checkpoint(out)
         assert len(made.sparse_layers) == (0 if command == "to-dense" else 1)
         assert run("generate", "--ckpt_path", out, "--prompt", "the", "--max_new_tokens", "3")[0] == 0
-    code, _, error = run("prune", str(trained), "--keep", "2", "--no_data", "--out", "blind.ckpt")
+    code, _, error = run("prune", str(trained), "--keep", "2", "--no_data", "--by", "similarity", "--out", "blind.ckpt")
     assert code == 0
     assert "nothing was measured" in error
 
@@ -69,6 +70,11 @@ BAD = [
     ("merge", ["--experts", "4"], "4 experts cannot be left"),
     ("prune", ["--keep", "0"], "expected an integer of at least 1, got '0'"),
     ("prune", [], "--keep"),
+    (
+        "prune",
+        ["--keep", "2", "--no_data"],
+        "--by usage is measured on data: leave --no_data out, or take --by similarity",
+    ),
     ("merge", ["--experts", "2", "--how", "sum"], "sum"),
     ("upcycle", [], "has 1 sparse layers already (blocks.1.mlp, ...)"),
     ("prune", ["--keep", "2", "--out", "text.txt"], "it is there already"),

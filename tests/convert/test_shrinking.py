@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkit import Decoder, EncoderDecoder, GatedMlp, LanguageModule, Mlp, MoELayer, Shared, Sigmoid, TopK
+from switchkit import Decoder, EncoderDecoder, GatedMlp, LanguageModule, Mlp, MoELayer, Shared, Sigmoid, Switch, TopK
 from switchkit.convert.comparing import change
-from switchkit.convert.measuring import Measured, assumed, measure
-from switchkit.convert.shrinking import groups_of, merge_experts, prune, to_dense
+from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
+from switchkit.convert.shrinking import groups_of, kept_experts, merge_experts, prune, rescale, to_dense
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
 
@@ -109,6 +109,48 @@ def test_merging_equal_experts_is_exact(kind: str) -> None:
         assert abs(loss(merge_experts(module, 2, found, how="usage")) - float(found.loss or 0)) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
+def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
+    """Three experts, each twice, the second time with its hidden units in another order.
+
+    With equal rows of a switch router each has half of what one alone would have, which `rescale` makes up for.
+    """
+    net = partial(NETS["decoder"], num_experts=6)
+    module = LanguageModule(net, moe=partial(MoELayer, router=Switch, experts=kind), vocab_size=V).double()
+    (layer,) = layers(module)
+    stack, order = layer.experts, torch.randperm(F)
+    with torch.no_grad():
+        nn.init.normal_(layer.router.weight)
+        layer.router.weight[3:] = layer.router.weight[:3]
+        halves = [half[:, :, order] for half in stack.w1[:3].chunk(stack.w1.shape[-1] // F, dim=-1)]
+        stack.w1[3:], stack.w2[3:] = torch.cat(halves, -1), stack.w2[:3][:, order]
+    found = measured(module)
+    made = merge_experts(module, 3, found)
+    assert change(module, made).logits > 1e-3
+    assert rescale(made, found, measured(made))
+    assert change(module, made).logits < 1e-12
+
+
+def test_weights_that_sum_to_one_are_not_rescaled() -> None:
+    module = module_of()
+    found = measured(module)
+    made = prune(module, 3, found)
+    before = loss(made)
+    assert not rescale(made, found, measured(made))
+    assert loss(made) == before
+
+
+def test_of_two_that_are_alike_the_less_used_goes() -> None:
+    """0 and 1 are most alike and 0 is used less; then 2 and 3, of which 2 is."""
+    alike = [[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.2, 0.3], [0.1, 0.2, 1.0, 0.5], [0.0, 0.3, 0.5, 1.0]]
+    load = torch.tensor([5.0, 7.0, 0.0, 9.0]).double()
+    use = ExpertUse("x", load, load.flip(0), 21, torch.diag(load), torch.tensor(alike).double())
+    assert kept_experts(use, 3, "similarity") == [1, 2, 3]
+    assert kept_experts(use, 2, "similarity") == [1, 3]
+    assert kept_experts(use, 2) == [1, 3]
+    assert kept_experts(use, 2, "weight") == [0, 2]
+
+
 def test_groups_join_the_most_alike_leader() -> None:
     """Experts 1 and 4 are used most; 0 is most like 4, 2 and 3 like 1."""
     alike = torch.eye(5)
@@ -130,12 +172,13 @@ def test_a_merged_row_of_the_router_is_the_mean_by_usage() -> None:
             assert torch.allclose(new.router.weight[number].double(), row, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["mean", "usage", "most_used", "aligned"])
 @pytest.mark.parametrize("net", NETS)
-def test_dense_of_equal_experts_computes_the_same(net: str) -> None:
+def test_dense_of_equal_experts_computes_the_same(net: str, how: str) -> None:
     module = module_of(net)
-    equal_experts(module, shuffled=True)
+    equal_experts(module, shuffled=how in ("most_used", "aligned"))
     found = measured(module)
-    made = to_dense(module, found)
+    made = to_dense(module, found, how=how)
     assert not made.sparse_layers
     assert not made.losses
     assert change(module, made).logits < 1e-5
@@ -169,7 +212,7 @@ def test_granularity_is_gone() -> None:
     [
         (lambda m, f: prune(m, E, f), "5 experts cannot be left of the 5 of blocks.1.mlp: at least 2"),
         (lambda m, f: prune(m, 1, f), "1 experts cannot be left"),
-        (lambda m, f: prune(m, 2, f, by="luck"), "by must be one of usage, weight; got 'luck'"),
+        (lambda m, f: prune(m, 2, f, by="luck"), "by must be one of usage, weight, similarity; got 'luck'"),
         (lambda m, f: merge_experts(m, 2, f, how="sum"), "how must be one of"),
     ],
 )
