@@ -92,6 +92,7 @@ checkpoint left it, reads its share on several devices, and says in the checkpoi
 | `TextData` | decoders | `tokens`, `targets` [B, S], in evaluation `valid` |
 | `SpanData` | text with holes | `source`, `source_valid` [B, S], `tokens`, `targets`, `valid` [B, T] |
 | `PairData` | translation | the same, and `language` [B] |
+| `StreamData` | streams of texts, read by `datasets` | `TextData`'s, or `SpanData`'s with `objectives` |
 
 `data.path` is a UTF-8 file, or a folder that `switchkit prepare` wrote: token shards, read from mapped memory, so that
 a corpus larger than memory trains.
@@ -101,6 +102,7 @@ switchkit tokenizer train --vocab_size 8000 --out words.json books/*.txt
 switchkit prepare --tokenizer words.json --out shards books/*.txt        # or - for stdin; files may be .gz
 switchkit fit --config tiny_shakespeare --data.path shards
 switchkit fit --config t5_span --data.path shards
+switchkit fit --config tiny_shakespeare --data StreamData --data.path 'books/*.jsonl' --data.validation_path held.jsonl
 ```
 
 A vocabulary is a `Tokenizer`: `CharTokenizer` (the default of `TextData`), `ByteTokenizer` (of the others), or
@@ -113,6 +115,7 @@ A vocabulary is a `Tokenizer`: `CharTokenizer` (the default of `TextData`), `Byt
             "switchkit.data.CausalLM",
             "switchkit.data.UL2",
             "switchkit.data.PairData",
+            "switchkit.data.StreamData",
             "switchkit.data.ByteTokenizer",
             "switchkit.data.FileTokenizer",
         ),

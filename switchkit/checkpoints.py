@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from switchkit.parallel import shards
 from switchkit.spec import find_class
 
-__all__ = ["FORMAT_VERSION", "AtomicCheckpointIO", "check_classes", "intact", "last", "read", "read_settings"]
+__all__ = [
+    "FORMAT_VERSION",
+    "AtomicCheckpointIO",
+    "check_classes",
+    "intact",
+    "last",
+    "read",
+    "read_folder",
+    "read_settings",
+    "write_folder",
+]
 
 FORMAT_VERSION = 1
 """Of what switchkit adds to a checkpoint; a file of a later version is refused."""
@@ -74,8 +89,7 @@ def _settle(temporary: Path, target: Path) -> None:
     try:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        _put(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -89,14 +103,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             did not write, or a later switchkit did.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
     if not path.is_file():
         raise ValueError(
             f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder"
         )
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
+    return _ours(path, path)
+
+
+def _ours(file: Path, path: Path) -> dict[str, Any]:
+    """What a file holds, if switchkit wrote it; `path` is the checkpoint that it belongs to."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
             f"checkpoint {path} holds more than plain data and was not loaded: {str(error).splitlines()[0]}"
@@ -121,7 +142,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: as `read`, and for a part that is not imported.
     """
-    content = read(path)
+    path = Path(path)
+    content = read_folder(path, {}) if path.is_dir() else read(path)
     ours = content["switchkit"]
     check_classes(ours["model"], ours.get("data"), ours.get("resume"))
     return {
@@ -141,7 +163,13 @@ def check_classes(*described: Any) -> None:
 
 
 def intact(path: str | os.PathLike[str]) -> bool:
-    """True: the file is a whole archive whose checksums hold."""
+    """True: the file is a whole archive whose checksums hold, or a folder as its manifest says."""
+    if Path(path).is_dir():
+        try:
+            shards.check(Path(path), alone=True)
+        except ValueError:
+            return False
+        return True
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -164,6 +192,139 @@ def last(root: str | os.PathLike[str]) -> Path:
         f"no checkpoint below {Path(root)}{broken}: start a run without --ckpt_path, "
         "or name another folder with --trainer.default_root_dir"
     )
+
+
+# Sharded checkpoints: a folder with what all processes know in META, and the tensors that they share out.
+
+META = "meta.pt"
+
+
+def write_folder(content: dict[str, Any], target: Path) -> None:
+    """Write a checkpoint whose tensors are sharded as a folder. Called by all processes with the same path.
+
+    It is written beside its place and moved there when all is on the disk. What was there before stays loadable
+    whenever a process is killed: in its place, or for the moment between two renames as ``NAME.previous.ckpt``.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    temporary = target.with_name(f".{target.name}.part")
+    if first:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    _wait()
+    rest, tensors = _split(content)
+    shards.write_tensors(temporary, tensors)
+    if first:
+        with (temporary / META).open("wb") as file:
+            torch.save(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+    _wait()
+    shards.seal(temporary)
+    if first:
+        _sync_folder(temporary)
+        _put(temporary, target)
+    _wait()
+
+
+def read_folder(path: Path, targets: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """The content of a sharded checkpoint, whatever layout wrote it; nothing is read before its digest was found right.
+
+    Args:
+        path: the folder.
+        targets: what to fill, by all processes together: parameters as ``model/NAME``, and as ``optimizer/I/NUMBER``
+            what its state is shaped like; without a target a tensor is left out. None: whole tensors, read by this
+            process alone.
+
+    Raises:
+        ValueError: a damaged folder, or one that switchkit did not write.
+    """
+    alone = not targets
+    shards.check(path, alone=alone)
+    content = _ours(path / META, path)
+    if targets is not None and not targets:
+        return content
+    filled: dict[str, Tensor] = {}
+    for name, (size, dtype) in shards.tensors_in(path).items():
+        if targets is None:
+            filled[name] = torch.empty(size, dtype=dtype)
+            continue
+        like = targets.get(name if name.startswith("model/") else name.rpartition("/")[0])
+        if like is None and name.startswith("optimizer/"):
+            continue
+        if like is None or like.shape != size:
+            # Of another model: the error that says so comes later, and names all of them.
+            filled[name] = torch.empty(size, dtype=dtype)
+        elif name.startswith("model/") and like.dtype == dtype:
+            filled[name] = like
+        else:
+            filled[name] = torch.empty_like(like, dtype=dtype)
+    shards.read_tensors(path, filled, alone=alone)
+    return _join(content, filled)
+
+
+def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint without its sharded tensors, None in their places; and these, by path."""
+    tensors: dict[str, Tensor] = {}
+
+    def take(value: Any, name: str) -> Any:
+        if isinstance(value, DTensor):
+            tensors[name] = value
+            return None
+        return value
+
+    rest = dict(content)
+    rest["state_dict"] = {name: take(value, f"model/{name}") for name, value in content["state_dict"].items()}
+    rest["optimizer_states"] = [
+        {
+            **optimizer,
+            "state": {
+                number: {name: take(value, f"optimizer/{i}/{number}/{name}") for name, value in entries.items()}
+                for number, entries in optimizer["state"].items()
+            },
+        }
+        for i, optimizer in enumerate(content.get("optimizer_states", []))
+    ]
+    return rest, tensors
+
+
+def _join(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The reverse of `_split`, in place."""
+    for path, tensor in tensors.items():
+        kind, _, name = path.partition("/")
+        if kind == "model":
+            content["state_dict"][name] = tensor
+        else:
+            index, number, entry = name.split("/", 2)
+            content["optimizer_states"][int(index)]["state"][int(number)][entry] = tensor
+    return content
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Move a file or folder into place; a folder cannot be replaced in one step, so the old one steps aside first."""
+    previous = target.with_name(f"{target.stem}.previous{target.suffix}")
+    if target.is_dir() or temporary.is_dir():
+        if target.exists():
+            _remove(previous)
+            os.rename(target, previous)
+        os.rename(temporary, target)
+        _sync_folder(target.parent)
+        _remove(previous)
+    else:
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _instead(path: Path) -> str:

@@ -17,7 +17,7 @@ from switchkit.dispatch.sorted import Sorted
 from switchkit.experts.base import ACTIVATIONS, Activation, ExpertsFactory, check, init_linear
 from switchkit.experts.feed_forward import Mlp
 from switchkit.records import Routing
-from switchkit.routing.base import RouterFactory
+from switchkit.routing.base import RouterFactory, full_precision
 from switchkit.routing.token_choice import Switch
 
 __all__ = ["FeedForward", "FeedForwardFactory", "MoEFactory", "MoELayer"]
@@ -124,14 +124,14 @@ class MoELayer(nn.Module):
         real = self._groups(torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid)
         names = None if ids is None else self._groups(ids)
         limit = self.capacity.limit(tokens.shape[1], self.num_experts, self.router.k, training=self.training)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             routing = self.router(tokens, limit, real, names)
         routing = self.capacity.place(replace(routing, batch=batch), limit, training=self.training)
         rows = self.dispatcher.dispatch(tokens, routing)
         y = self.dispatcher.combine(self.experts(rows), rows, routing)
         if self.dropped != "zero":
             y = y + self._left_behind(tokens, routing)
-        y = y.flatten(0, 1)[: batch * length].view(x.shape)
+        y = self._ungrouped(y, x.shape)
         always = self.experts.always(x)
         if always is not None:
             y = self.experts.mix(y, always, x)
@@ -149,6 +149,14 @@ class MoELayer(nn.Module):
         groups = -(-flat.shape[0] // size)
         fill = flat.new_zeros(groups * size - flat.shape[0], *flat.shape[1:])
         return torch.cat([flat, fill]).view(groups, size, *flat.shape[1:])
+
+    def _ungrouped(self, y: Tensor, size: torch.Size) -> Tensor:
+        """[G, S', D] -> [B, S, D]; what filled up the last group is left out."""
+        if self.group == "sequence":
+            return y
+        rows, real = y.flatten(0, 1), size[0] * size[1]
+        # A slice of everything is not free: its gradient is copied into zeros.
+        return (rows if len(rows) == real else rows[:real]).view(size)
 
     def _left_behind(self, tokens: Float[Tensor, "G S D"], routing: Routing) -> Float[Tensor, "G S D"]:
         """What dropped assignments bring back when it is not zero."""
@@ -169,7 +177,7 @@ class MoEFactory(Protocol):
 class FeedForward(nn.Module):
     """The dense layer that a mixture replaces: one expert for every token, ``act(x W1) W2`` without bias.
 
-    Initialised as the experts are: truncated normal, std ``sqrt(0.1 / fan_in)``.
+    Initialised as the experts are: truncated normal, std ``sqrt(init_scale / fan_in)``.
 
     Args:
         d_model: width of a token.
@@ -177,9 +185,10 @@ class FeedForward(nn.Module):
         dropout: on the hidden activations.
         activation: as of the experts; ReLU by default (T5, and the paper's experts).
         gated: ``(act(x W1) * x V) W2`` instead (arXiv 2002.05202), as llama (silu) and T5 v1.1 (gelu_tanh) have it.
+        init_scale: of the initial weights; 0.1 as in the paper (section 2.4 of arXiv 2101.03961).
 
     Raises:
-        ValueError: an unknown activation, dropout outside [0, 1).
+        ValueError: an unknown activation, dropout outside [0, 1), an init_scale not above 0.
     """
 
     def __init__(
@@ -190,6 +199,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         activation: Activation = "relu",
         gated: bool = False,
+        init_scale: float = 0.1,
     ) -> None:
         super().__init__()
         self.activation, self.dropout = check(activation, dropout)
@@ -198,7 +208,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=False)
         for part in (self.up, self.gate, self.down):
             if part is not None:
-                init_linear(part.weight, part.in_features)
+                init_linear(part.weight, part.in_features, init_scale)
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         act = ACTIVATIONS[self.activation]

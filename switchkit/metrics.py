@@ -21,6 +21,7 @@ __all__ = [
     "RoutingMetrics",
     "TokenAccuracy",
     "TokenLoss",
+    "count_targets",
     "cross_entropy",
     "step_stats",
 ]
@@ -274,6 +275,12 @@ def cross_entropy(
         targets = targets.masked_fill(~valid, -100)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
     return total, (targets != -100).sum()
+
+
+def count_targets(targets: Int[Tensor, "B S"], valid: Tensor | None) -> Int[Tensor, ""]:
+    """Real targets: those that `cross_entropy` is summed over."""
+    real = targets != -100
+    return (real if valid is None else real & valid).sum()
 
 
 def step_stats(routings: tuple[Routing, ...], loss: Tensor | None = None, *, scores: bool = False) -> dict[str, Tensor]:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 import switchkit
-from switchkit import checkpoints
+from switchkit import checkpoints, origin
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
-from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, cross_entropy, step_stats
+from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
+from switchkit.parallel.norm import total_norm
+from switchkit.parallel.place import state_like
 from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.spec import build, describe, describe_object
+from switchkit.step import MicroBatch, Seen, gradient_scale, weighted_means
 
 __all__ = ["LanguageModule", "NonFiniteError", "StepCallback"]
 
@@ -69,10 +73,12 @@ class StepCallback(L.Callback):
 class LanguageModule(L.LightningModule):
     """Trains a causal language model with sparse layers.
 
-    The loss is ``cross_entropy + sum(term.weight * term(routings))``. Weight decay spares norms, biases, embeddings and
-    routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine to `final_lr` of its peak at
-    the trainer's last step (or stays). `training_step` returns ``{"loss", "stats"}``: detached tensors `load` [L, E],
-    `dropped` [L] (both in assignments), `tokens` [L] (real ones), `bad_tokens` [L] (tokens a router could not score),
+    The loss is ``cross_entropy + sum(term.weight * term(routings))``; over micro-batches and devices it is the mean of
+    theirs, weighted by real targets, whatever padding each holds (see `switchkit.step`). Weight decay spares norms,
+    biases, embeddings and routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine to
+    `final_lr` of its peak at the trainer's last step (or stays). `training_step` returns ``{"loss", "stats"}``: of this
+    device's micro-batch detached tensors `load` [L, E], `dropped` [L] (both in assignments), `tokens` [L] (real ones),
+    `bad_tokens` [L] (tokens a router could not score),
     which callbacks read.
 
     Args:
@@ -132,6 +138,7 @@ class LanguageModule(L.LightningModule):
             "vocab_size": None if size == known else size,
         }
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
+        self.vocab_size = size
         self.net = (net or Decoder)(vocab_size=size, moe=moe)
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
         self.optimizer: OptimizerFactory = optimizer or partial(
@@ -146,8 +153,10 @@ class LanguageModule(L.LightningModule):
         self.val_loss = TokenLoss()
         self.val_accuracy = TokenAccuracy()
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
-        self._micro_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._counts: Tensor | None = None  # load and tokens [L, E + 1] of the step's micro-batches so far, this rank's
+        self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
+        self._micro_batches: list[MicroBatch] = []
+        # Load and tokens [L, E + 1] of the step's micro-batches so far: this device's, and those of all devices.
+        self._counts: tuple[Tensor, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         # What a run left behind that broke off in the middle of a step belongs to no other.
@@ -168,35 +177,46 @@ class LanguageModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
         out, learned, named = self._learn(batch)
         found = step_stats(out.routings, learned)
-        self._count(found)
+        targets = count_targets(batch["targets"], batch.get("valid"))
+        broken = ~torch.isfinite(learned.detach())
+        micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"], broken))
         terms = [self._term(term, out.routings) for term in self.losses]
-        loss = learned + sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
+        routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
+        loss = learned + routing
         self.train_routing.update(found)
         named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
         values = {"loss": loss, **named, **named_terms}
-        self._micro_batches.append((found["bad_tokens"], {name: value.detach() for name, value in values.items()}))
+        weights = micro.weights(self._micro_batches[0] if self._micro_batches else None)
+        self._micro_batches.append(micro.with_values(values))
+        if weights is not None:
+            loss = weights[0] * learned + weights[1] * routing
         return {"loss": loss, "stats": found}
 
     def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
-        """The model on a batch, what is minimised beside the terms on its records, and what of it is logged."""
+        """The model on a batch, what is minimised beside the terms on its records, and what of it is logged.
+
+        Both are means over the real targets of the batch.
+        """
         out = self._run(batch)
         total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
         entropy = total / tokens.clamp(min=1)
         return out, entropy, {"cross_entropy": entropy}
 
-    def _count(self, found: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch to the counts of its optimizer step, where something reads them."""
+    def _seen(self, own: Seen) -> MicroBatch:
+        """A micro-batch, counted over all devices, and for what reads the counts of the step."""
+        devices = 1 if self._trainer is None else self.trainer.world_size
+        micro = MicroBatch(own, own if devices == 1 else own.everywhere(), devices)
         if self._step_callbacks() or any(term.scope != "micro" for term in self.losses):
-            counts = torch.cat([found["load"], found["tokens"].unsqueeze(-1)], dim=-1)
-            self._counts = counts if self._counts is None else self._counts + counts
+            counts = micro.own.counts(), micro.every.counts()
+            before = self._counts
+            self._counts = counts if before is None else (before[0] + counts[0], before[1] + counts[1])
+        return micro
 
     def _term(self, term: Loss, routings: tuple[Routing, ...]) -> Tensor:
         """One loss on the records, with the counts of its scope where that is more than the micro-batch."""
         if term.scope == "micro" or self._counts is None:
             return term(routings)
-        counts = self._counts
-        if term.scope == "global" and self._trainer is not None:
-            counts = torch.as_tensor(self.trainer.strategy.reduce(counts.clone(), reduce_op="sum"))
+        counts = self._counts[1 if term.scope == "global" else 0]
         return term(routings, counts[:, :-1])  # type: ignore[call-arg]
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
@@ -233,8 +253,8 @@ class LanguageModule(L.LightningModule):
             values[f"{stage}/dead_experts"] = routing["dead"].sum().float()
             values[f"{stage}/router_entropy"] = routing["entropy"].mean().float()
             values[f"{stage}/router_confidence"] = routing["confidence"].mean().float()
-        # The metrics are summed over ranks already.
-        self.log_dict(values, rank_zero_only=False, sync_dist=False)
+        # The metrics are summed over ranks already, and the mean of equal numbers is that number.
+        self.log_dict(values, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.last_load = self.val_routing.compute()["load"].cpu()
         self.val_loss.reset()
@@ -243,8 +263,8 @@ class LanguageModule(L.LightningModule):
 
     def _log_training(self) -> None:
         """Straight to the loggers, and at the interval only: `self.log` costs a quarter of a millisecond a key."""
-        every = [values for _, values in self._micro_batches]
-        numbers = {name: torch.stack([values[name].float() for values in every]).mean() for name in every[0]}
+        numbers = weighted_means(self._micro_batches)
+        numbers["grad_norm"] = total_norm(self.parameters())  # before it is clipped
         numbers["lr"] = torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.sparse_layers:
             routing = self.train_routing.compute()
@@ -269,15 +289,23 @@ class LanguageModule(L.LightningModule):
         Raises:
             NonFiniteError: a router was given NaN or infinity, or the loss is one; the weights are still good.
         """
-        bad = torch.stack([bad.sum() + ~torch.isfinite(values["loss"]) for bad, values in self._micro_batches])
-        if bool(bad.any()):
-            counts = torch.stack([bad for bad, _ in self._micro_batches]).sum(0).tolist()
-            where = [f"{name}: {n} tokens" for name, n in zip(self.sparse_layers, counts, strict=True) if n]
+        batches = self._micro_batches
+        broken = torch.stack([b.every.broken + ~torch.isfinite((b.values or {})["loss"]) for b in batches])
+        bad = torch.stack([b.every.bad for b in batches]).sum(0)
+        accumulate = self.trainer.accumulate_grad_batches
+        scale = gradient_scale(batches, accumulate)
+        wrong, factor = torch.stack([bad.sum() + broken.sum(), scale.double()]).tolist()
+        if wrong:
+            where = [f"{name}: {n} tokens" for name, n in zip(self.sparse_layers, bad.tolist(), strict=True) if n]
             what = f"router input ({'; '.join(where)})" if where else "loss"
             raise NonFiniteError(
                 f"non-finite {what} at step {self.global_step + 1}; the optimizer did not step and "
                 f"{self._last_good()}. Lower the learning rate, or look at the data of that step"
             )
+        if accumulate > 1 and factor != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_training()
         self._micro_batches.clear()
@@ -285,9 +313,9 @@ class LanguageModule(L.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """The optimizer's step, then what callbacks do with its counts."""
         super().optimizer_step(*arguments, **options)
-        counts, self._counts = self._counts, None
-        if counts is not None and self._step_callbacks():
-            counts = torch.as_tensor(self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        counted, self._counts = self._counts, None
+        if counted is not None:
+            counts = counted[1]
             for callback in self._step_callbacks():
                 callback.after_optimizer_step(self.trainer, self, counts[:, :-1], counts[:, -1])
 
@@ -298,6 +326,13 @@ class LanguageModule(L.LightningModule):
     def _last_good(self) -> str:
         paths = [getattr(callback, "path", None) for callback in self.trainer.checkpoint_callbacks]
         return next((f"the last good checkpoint is {path}" for path in paths if path), "nothing was saved yet")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's, where it has one, or those of the files that were imported."""
+        own = None if self.tokenizer is None else self.tokenizer.eos_id
+        size = self.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return origin.end_ids(self.hugging_face, size) if own is None else (own,)
 
     # -- generation ----------------------------------------------------------------------------------------------
 
@@ -311,14 +346,14 @@ class LanguageModule(L.LightningModule):
         top_p: float | None = None,
         num_beams: int = 1,
         length_penalty: float = 0.6,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
         """New token ids one by one, in evaluation mode while one is computed; see `switchkit.generation.stream`.
 
-        `ids` is the prompt, and what an encoder-decoder reads. `eos_id` (None: that of the tokenizer, where it has one)
-        ends the text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
+        `ids` is the prompt, and what an encoder-decoder reads. `eos_id`, or any of several (None: `end_ids`), ends the
+        text and is left out; only ids that the tokenizer has are taken. With `num_beams` above 1 all come when
         the search is over, see `switchkit.generation.generate`.
 
         Raises:
@@ -334,7 +369,7 @@ class LanguageModule(L.LightningModule):
             top_p=top_p,
             num_beams=num_beams,
             length_penalty=length_penalty,
-            eos_id=self.tokenizer.eos_id if eos_id is None and self.tokenizer is not None else eos_id,
+            eos_id=self.end_ids if eos_id is None else eos_id,
             use_cache=use_cache,
             symbols=None if self.tokenizer is None else self.tokenizer.vocab_size,
             generator=generator,
@@ -351,22 +386,40 @@ class LanguageModule(L.LightningModule):
             "model": self.spec,
             "data": None if data is None else describe_object(data),
             "source": source,
-            "train_routing": {n: torch.as_tensor(x).cpu() for n, x in self.train_routing.metric_state.items()},
+            **({"hugging_face": self.hugging_face} if self.hugging_face else {}),
+            "train_routing": self._counted_since_log(),
         }
         if self._counts is not None:
-            # In the middle of a step: this hook runs on every rank, and one file is written.
-            whole = self.trainer.strategy.reduce(self._counts.clone(), reduce_op="sum")
-            checkpoint["switchkit"]["step_counts"] = torch.as_tensor(whole).cpu()
+            # In the middle of a step.
+            checkpoint["switchkit"]["step_counts"] = self._counts[1].cpu()
+
+    def _counted_since_log(self) -> dict[str, Tensor]:
+        """The interval metric, over all devices: this hook runs on each of them, and one file is written."""
+        found = {name: torch.as_tensor(value).clone() for name, value in self.train_routing.metric_state.items()}
+        if self._trainer is not None and self.trainer.world_size > 1:
+            for value in found.values():
+                dist.all_reduce(value)
+        return {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, value in checkpoint.get("switchkit", {}).get("train_routing", {}).items():
-            setattr(self.train_routing, name, value.to(self.device))
-        counts = checkpoint.get("switchkit", {}).get("step_counts")
-        # The sum over ranks goes on from one of them.
-        self._counts = None if counts is None or self.global_rank else counts.to(self.device)
+        self.hugging_face = origin.carried(checkpoint.get("switchkit", {}), self.tokenizer)
+        ours = checkpoint.get("switchkit", {})
+        # What was counted on all devices goes on from the first of them.
+        first = self._trainer is None or self.global_rank == 0
+        for name, value in ours.get("train_routing", {}).items():
+            setattr(
+                self.train_routing, name, value.to(self.device) if first else torch.zeros_like(value).to(self.device)
+            )
+        counts = ours.get("step_counts")
+        if counts is not None:
+            every = counts.to(self.device)
+            self._counts = (every if first else torch.zeros_like(every)), every
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, with one readable error when `state_dict` belongs to another model."""
+        """As torch's, with one readable error when `state_dict` belongs to another model.
+
+        Of whole tensors a sharded model takes its parts.
+        """
         own = self.state_dict()
         missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         shared = [(n, list(state_dict[n].shape), list(own[n].shape)) for n in own if n in state_dict]
@@ -375,7 +428,7 @@ class LanguageModule(L.LightningModule):
             kinds = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
             found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds if names)
             raise ValueError(f"these weights belong to another model: {found}")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return super().load_state_dict(state_like(state_dict, self), strict=strict, assign=assign)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> Self:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -50,17 +51,27 @@ def sample(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
     logits: Float[Tensor, "*rows V"],
 ) -> Int[Tensor, "*rows"]:
     """One token id per row, drawn on the generator's device (the CPU without one), the rows in order.
+
+    With a generator for each row, a row's draws are those that it would have alone.
 
     Temperature 0 takes the likeliest and draws nothing.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = probabilities(logits, temperature, top_k, top_p).to("cpu" if generator is None else generator.device)
+    several = None if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    one = several[0] if several else generator
+    assert one is None or isinstance(one, torch.Generator)
+    probs = probabilities(logits, temperature, top_k, top_p).to("cpu" if one is None else one.device)
     # The token whose exponential clock rings first is drawn with its probability. Clocks belong to tokens and not to
     # ranks, so that logits which differ by rounding give the same token.
-    clocks = torch.empty_like(probs).exponential_(generator=generator)
+    if several is None:
+        clocks = torch.empty_like(probs).exponential_(generator=one)
+    else:
+        clocks = torch.stack(
+            [torch.empty_like(row).exponential_(generator=own) for row, own in zip(probs, several, strict=True)]
+        )
     return (probs / clocks.clamp_min(torch.finfo(probs.dtype).tiny)).argmax(-1).to(logits.device)

@@ -24,7 +24,7 @@ from switchkit.dispatch.base import Dispatcher
 from switchkit.losses.base import Loss
 from switchkit.registry import full_path, resolve
 
-__all__ = ["build", "describe", "describe_object", "find_class"]
+__all__ = ["OnMeta", "build", "describe", "describe_object", "find_class"]
 
 # What a file may name. Anything else that is imported (subprocess.Popen, say) stays out of its reach.
 ALLOWED = (
@@ -91,6 +91,14 @@ def build(spec: Any) -> Any:
     if isinstance(spec, Mapping):
         return {key: build(value) for key, value in spec.items()}
     return [build(item) for item in spec] if isinstance(spec, list) else spec
+
+
+class OnMeta(partial[nn.Module]):
+    """A factory whose model has shapes, but no memory yet."""
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> nn.Module:
+        with torch.device("meta"):
+            return super().__call__(*args, **keywords)
 
 
 def find_class(path: str) -> type:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import collapsed
 
+import switchkit.capacity.base
 from switchkit import CapacityPolicy, Dropless, Factor, Fixed, NoTokenLeftBehind, Routing, named, token_choice
 
 sizes = st.tuples(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 8))
@@ -89,13 +91,15 @@ def lists(draw: st.DrawFn) -> tuple[Routing, int | None]:
     return routing, draw(st.none() | st.integers(1, 6))
 
 
+@pytest.mark.parametrize("few", [0, 2**14], ids=["sorted", "counted"])
 @pytest.mark.parametrize("name", [name for name in named(CapacityPolicy) if name != "no_token_left_behind"])
 @settings(max_examples=60, deadline=None)
 @given(lists())
-def test_places_are_those_of_a_queue(name: str, drawn: tuple[Routing, int | None]) -> None:
+def test_places_are_those_of_a_queue(name: str, few: int, drawn: tuple[Routing, int | None]) -> None:
     """Each expert has a queue per group; who was not chosen does not stand in it."""
     routing, limit = drawn
-    placed = named(CapacityPolicy)[name]().place(routing, limit, training=True)
+    with patch.object(switchkit.capacity.base, "FEW", few):
+        placed = named(CapacityPolicy)[name]().place(routing, limit, training=True)
     groups, n = routing.expert.shape
     for g in range(groups):
         queue = [0] * routing.logits.shape[-1]

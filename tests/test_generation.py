@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkit import Decoder, Factor, MoELayer, TopK
-from switchkit.generation import Window, generate, pad_left, stream
+from switchkit.generation import Window, completions, continuation, generate, one_at_a_time, pad_left, stream
 from switchkit.generation.beams import penalty, search
 from switchkit.models import Cache, EncoderDecoder, Output
 from switchkit.sampling import probabilities, sample
@@ -218,6 +218,23 @@ def test_every_row_ends_by_itself_and_is_no_longer_computed() -> None:
     assert torch.equal(torch.stack(steps, 1), together.tokens)
 
 
+def test_any_of_several_tokens_ends_a_row() -> None:
+    """A row is cut after the first of them that a model without an end would have given; the filling is the first."""
+    net = Trigram(seed=2)
+    prompt = torch.tensor([[0, 1], [1, 0], [2, 2], [0, 0], [2, 1]])
+    free = generate(net, prompt, max_new_tokens=9, temperature=0).tokens.tolist()
+    found = generate(net, prompt, max_new_tokens=9, temperature=0, eos_id=(EOS, 2))
+    cuts = [next((i + 1 for i, token in enumerate(row) if token in (EOS, 2)), 9) for row in free]
+    assert rows_of(found) == [row[:cut] for row, cut in zip(free, cuts, strict=True)]
+    assert {row[cut - 1] for row, cut in zip(free, cuts, strict=True)} >= {EOS, 2}
+    assert set(found.tokens[~found.valid].tolist()) == {EOS}
+    for row, tokens in enumerate(prompt):
+        alone = list(continuation(net, tokens, 9, temperature=0, eos_id=[EOS, 2]))
+        assert alone == [token for token in free[row][: cuts[row]] if token not in (EOS, 2)]
+    beams = generate(net, prompt, max_new_tokens=4, num_beams=64, length_penalty=0, eos_id=(EOS, 2))
+    assert all(not {EOS, 2} & set(row[:-1]) for row in rows_of(beams))
+
+
 # -- the window ---------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +371,23 @@ def test_a_decoder_with_a_cache_and_without_over_the_end_of_its_context(position
     cached, whole = run(True), run(False)
     assert torch.equal(cached.tokens, whole.tokens)
     torch.testing.assert_close(cached.log_prob, whole.log_prob)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_several_prompts_as_one_would_be_alone(positions: str) -> None:
+    """Drawn too, with a generator for each; one for all gives other draws to the second row."""
+    net = decoder(positions=positions)
+    prompts = [torch.randint(11, (n,)) for n in (2, 6, 4)]
+    assert one_at_a_time(net, prompts, 8) is None
+    for options in ({"temperature": 0}, {"top_k": 5}, {"num_beams": 2}):
+        draws = [torch.Generator().manual_seed(seed) for seed in range(3)] if "top_k" in options else None
+        found = completions(net, prompts, 8, eos_id=4, **options, **({"generator": draws} if draws else {}))
+        for seed, prompt in enumerate(prompts):
+            own = {"generator": torch.Generator().manual_seed(seed)} if draws else {}
+            assert list(continuation(net, prompt, 8, eos_id=4, **options, **own)) == found[seed]
+    assert "does not fit into the context of 16" in str(one_at_a_time(net, prompts, 12))
+    assert one_at_a_time(net, prompts[:1] * 2, 99) is None
+    assert "does not say whether padding" in str(one_at_a_time(nn.Linear(1, 1), prompts, 1))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

@@ -28,11 +28,13 @@ ROWS = [
         "optim",
         "sampling",
         "generation",
+        "origin",
+        "step",
         "strategies",
         "convert",
         "distill",
     ],
-    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "__main__"],
+    ["cli", "interop", "report", "bench", "presets", "audit", "testing", "compare", "__main__"],
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 PARTS, LIGHTNING = 1, 5
@@ -48,6 +50,7 @@ THIRD = {
     "jsonargparse": lambda place: ROW[place] > LIGHTNING,
     "transformers": lambda place: place == "interop",
     "safetensors": lambda place: place == "interop",
+    "datasets": lambda place: place == "data",
     "matplotlib": lambda place: place == "report",
     "rich": lambda place: ROW[place] >= LIGHTNING,
     "torch": lambda place: place != "registry",

@@ -19,6 +19,7 @@ from switchkit.callbacks import SaveLast
 from switchkit.module import NonFiniteError
 from switchkit.optim import decay_groups, learning_rate
 from switchkit.sampling import sample
+from switchkit.step import Seen
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_terms(tmp_path: Path) -> None:
@@ -91,17 +92,24 @@ def test_accumulated_steps_equal_one_big_batch(tmp_path: Path) -> None:
     [("micro", 1, "own"), ("rank", 2, "sum"), ("global", 1, "sum"), ("global", 2, "both")],
 )
 @pytest.mark.parametrize("layers", ["mean", "sum", "pooled"])
-def test_a_balance_loss_counts_over_its_scope(scope: str, ranks: int, counted: str, layers: str) -> None:
+def test_a_balance_loss_counts_over_its_scope(
+    scope: str, ranks: int, counted: str, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two micro-batches of a step: f of the second from its own counts, from both, or from both of two equal ranks
-    plus what the other rank has more of expert 0; P always its own."""
+    plus what the other rank has more of expert 0 each time; P always its own."""
     more = torch.tensor([[5, 0, 0, 0]])
     torch.manual_seed(0)
     model = LanguageModule(
         NET, moe=TOP2, losses=[partial(Balance, weight=1.0, layers=layers, scope=scope)], vocab_size=11
     )
     if ranks == 2:
-        reduce = SimpleNamespace(reduce=lambda x, reduce_op: 2 * x + more)
-        model._trainer = SimpleNamespace(strategy=reduce, callbacks=[])
+        model._trainer = SimpleNamespace(world_size=2, callbacks=[])
+        # Twice everything, and what the other rank has more.
+        monkeypatch.setattr(
+            Seen,
+            "everywhere",
+            lambda own: Seen(2 * own.targets, 2 * own.load + more[:, :3], 2 * own.tokens, own.bad, own.broken),
+        )
     batches = [{"tokens": torch.randint(0, 11, (3, 8)), "targets": torch.randint(0, 11, (3, 8))} for _ in range(2)]
     model.eval()  # the records are the same again below
     losses = [model.training_step(batch, i)["loss"] for i, batch in enumerate(batches)]
@@ -109,7 +117,7 @@ def test_a_balance_loss_counts_over_its_scope(scope: str, ranks: int, counted: s
     entropy = F.cross_entropy(outs[1].logits.flatten(0, 1), batches[1]["targets"].flatten())
     counts = [torch.stack([r.load.sum(0) for r in out.routings]) for out in outs]
     both = counts[0] + counts[1]
-    used = {"own": counts[1], "sum": both, "both": 2 * both + more[:, :3]}[counted].double()
+    used = {"own": counts[1], "sum": both, "both": 2 * (both + more[:, :3])}[counted].double()
     probs = torch.stack([r.probs.mean((0, 1)) for r in outs[1].routings]).double()
     if layers == "pooled":
         used, probs = used.sum(0, keepdim=True), probs.mean(0, keepdim=True)

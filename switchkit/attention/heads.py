@@ -42,6 +42,8 @@ class Attention(nn.Module):
         bias: add one to queries, keys and values (Qwen2).
         scale: of the scores; null: ``head_width ** -0.5``. T5 has 1.
         causal: a token sees itself and those before it; false: all of them.
+        init_scale: the matrices start as a truncated normal, std ``sqrt(init_scale / fan_in)``; 0.1 as in section 2.4
+            of arXiv 2101.03961.
         projection: builds three sparse layers in place of the matrices for queries, keys and values (Switch attention,
             arXiv 2101.03961, appendix A).
 
@@ -65,6 +67,7 @@ class Attention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         causal: bool = True,
+        init_scale: float = 0.1,
         projection: Callable[[], MoELayer] | None = None,
     ) -> None:
         super().__init__()
@@ -86,13 +89,13 @@ class Attention(nn.Module):
         self.qkv: nn.Module
         if projection is None:
             self.qkv = nn.Linear(d_model, (num_heads + 2 * kv) * width, bias=bias)
-            init_linear(self.qkv.weight, d_model)
+            init_linear(self.qkv.weight, d_model, init_scale)
             if bias:
                 nn.init.zeros_(self.qkv.bias)
         else:
             self.qkv = nn.ModuleList(projection() for _ in range(3))
         self.out = nn.Linear(num_heads * width, d_model, bias=False)
-        init_linear(self.out.weight, num_heads * width)
+        init_linear(self.out.weight, num_heads * width, init_scale)
         self.qk_norm = qk_norm
         if qk_norm is not None:
             whole = qk_norm == "whole"

@@ -93,7 +93,7 @@ class ExpertLanguage(L.Callback):
             for name, nats in zip(pl_module.sparse_layers, found["nats"], strict=True):
                 values[f"{stage}/language_nats/{name}"] = nats.float()
             # The metric is summed over ranks already.
-            pl_module.log_dict(values, rank_zero_only=False, sync_dist=False)
+            pl_module.log_dict(values, sync_dist=True)
         self._forget()
 
     def _forget(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from switchkit.module import NonFiniteError
 
@@ -62,16 +64,23 @@ class SaveLast(Checkpoint):
         """Save now, unless this very step was saved or there was no step yet. Call it between two steps only."""
         if trainer.global_step in (0, self._saved_at) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        for name, parameter in trainer.lightning_module.named_parameters():
-            if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteError(
-                    f"weights {name} are not finite after step {trainer.global_step}; "
-                    f"{'the last good checkpoint is ' + str(self.path) if self.path else 'nothing was saved'}"
-                )
+        broken = [name for name, p in trainer.lightning_module.named_parameters() if not _finite(p.detach())]
+        if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
+            raise NonFiniteError(
+                f"weights {broken[0] if broken else 'of another device'} are not finite after step "
+                f"{trainer.global_step}; "
+                f"{'the last good checkpoint is ' + str(self.path) if self.path else 'nothing was saved'}"
+            )
         path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "last.ckpt")
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(path, weights_only=False)
         self.path = path
+
+
+def _finite(weights: Tensor) -> bool:
+    """Of what this device holds. The sum first: it is one pass, and rarely overflows."""
+    own = weights.to_local() if isinstance(weights, DTensor) else weights
+    return bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())
 
 
 class SaveBest(Checkpoint):
@@ -92,7 +101,7 @@ class SaveBest(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = state_dict["path"]
         # Without its file a past best is no use: the next validation sets a new one.
-        if path is not None and Path(path).is_file():
+        if path is not None and Path(path).exists():
             self.path, self.value = Path(path), state_dict["value"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

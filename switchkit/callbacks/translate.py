@@ -98,7 +98,7 @@ class Translations(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.found:
             # Every rank reads the same batches and finds the same.
-            pl_module.log_dict(scores(self.found, "val"), rank_zero_only=False, sync_dist=False)
+            pl_module.log_dict(scores(self.found, "val"), sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -109,7 +109,7 @@ class Translations(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.found:
-            pl_module.log_dict(scores(self.found, "test"), rank_zero_only=False, sync_dist=False)
+            pl_module.log_dict(scores(self.found, "test"), sync_dist=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._print(trainer)

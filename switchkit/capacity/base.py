@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.records import Routing
@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 Order = Literal["arrival", "first_choices", "probability", "random"]
+FEW = 2**14
+"""Assignments times experts up to which counting beats sorting, on a CPU, by its fewer operations."""
 ORDERS = ("arrival", "first_choices", "probability", "random")
 
 
@@ -97,6 +99,23 @@ def place_by_arrival(routing: Routing, limit: int | None) -> Routing:
         load = torch.zeros(groups, experts, dtype=torch.long, device=routing.expert.device)
         load = load.scatter(1, routing.expert, routing.chosen.long())
         return replace(routing, slot=torch.zeros_like(routing.expert), kept=routing.chosen, load=load, capacity=limit)
+    slot, load = (_counted if 0 < groups * n * experts <= FEW else _queued)(routing)
+    kept = routing.chosen if limit is None else routing.chosen & (slot < limit)
+    return replace(routing, slot=slot, kept=kept, load=load, capacity=limit)
+
+
+def _counted(routing: Routing) -> tuple[Int[Tensor, "G N"], Int[Tensor, "G E"]]:
+    """Slot and load by counting who came before: few operations, which cost more with more experts."""
+    expert = routing.expert.unsqueeze(-1)
+    experts = torch.arange(routing.logits.shape[-1], device=expert.device)
+    count = ((expert == experts) & routing.chosen.unsqueeze(-1)).cumsum(1)
+    return count.gather(-1, expert).squeeze(-1) - 1, count[:, -1]
+
+
+def _queued(routing: Routing) -> tuple[Int[Tensor, "G N"], Int[Tensor, "G E"]]:
+    """Slot and load by one sort."""
+    groups, n = routing.expert.shape
+    experts = routing.logits.shape[-1]
     # What was not chosen queues for one expert too many, where it takes no real slot.
     key = torch.where(routing.chosen, routing.expert, experts)
     key = key + torch.arange(groups, device=key.device).unsqueeze(-1) * (experts + 1)
@@ -106,8 +125,7 @@ def place_by_arrival(routing: Routing, limit: int | None) -> Routing:
     queue, order = key.flatten().sort(stable=True)
     place = torch.arange(groups * n, device=key.device) - start[queue]
     slot = torch.empty_like(order).scatter_(0, order, place).view(groups, n)
-    kept = routing.chosen if limit is None else routing.chosen & (slot < limit)
-    return replace(routing, slot=slot, kept=kept, load=load.view(groups, experts + 1)[:, :experts], capacity=limit)
+    return slot, load.view(groups, experts + 1)[:, :experts]
 
 
 def renormalize(routing: Routing) -> Routing:

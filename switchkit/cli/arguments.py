@@ -18,7 +18,8 @@ __all__ = ["Arguments", "environment", "read_arguments"]
 class Arguments:
     """What a command line says, before it is checked."""
 
-    configs: list[str] = field(default_factory=list)
+    configs: list[str | Source] = field(default_factory=list)
+    """Names, or what was read already."""
     plugins: list[str] = field(default_factory=list)
     edits: list[tuple[str, str]] = field(default_factory=list)
     help: bool = False

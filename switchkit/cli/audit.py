@@ -108,7 +108,7 @@ def _permit(arguments: list[str]) -> list[str]:
 
 
 def _title(arguments: list[str], path: str | None) -> str:
-    configs = read_arguments(arguments).configs
+    configs = [str(config) for config in read_arguments(arguments).configs]
     return " + ".join([*configs, *([path] if path else [])]) or "this model"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import TracebackType
 
 from switchkit.registry import nearest
 
-__all__ = ["UserError", "exit_code", "listed", "near", "one_line", "short"]
+__all__ = ["UserError", "exit_code", "first_process", "listed", "near", "one_line", "short"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -38,9 +39,9 @@ def exit_code(exit: SystemExit) -> int:
     """The code of a SystemExit: 143 after SIGTERM and 130 after Ctrl-C, which Lightning ends with 0 and 1."""
     if type(exit).__name__ == "Stopped":
         told = vars(exit)
-        print(
-            f"switchkit: stopped by {told['signal']} after step {told['step']}; {_go_on(told['path'])}", file=sys.stderr
-        )
+        if first_process():
+            line = f"stopped by {told['signal']} after step {told['step']}; {_go_on(told['path'])}"
+            print(f"switchkit: {line}", file=sys.stderr)
     if type(exit).__name__ == "SIGTERMException":
         return 143
     if isinstance(exit.__context__, KeyboardInterrupt):
@@ -58,6 +59,11 @@ def _go_on(path: Path | None) -> str:
     config = path.parent.parent / "config.yaml"
     given = f" --config {config}" if config.is_file() else ""
     return f"go on with: switchkit fit{given} --ckpt_path {path}"
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher started for one run."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def near(word: str, known: Iterable[str]) -> str:

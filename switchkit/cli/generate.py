@@ -7,6 +7,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError
@@ -44,19 +45,50 @@ def run(command: str, argv: Sequence[str]) -> int:
     module = LanguageModule.load_from_checkpoint(path, map_location=device).to(device).eval()
     tokenizer = module.tokenizer
     if tokenizer is None:
-        raise UserError(f"{path}: the checkpoint has no tokenizer, so it cannot read a prompt")
+        raise UserError(
+            f"{path}: the checkpoint has no tokenizer, so it cannot read a prompt. Import it again with its "
+            "tokenizer.json in the folder, or train it on data with a tokenizer (fit --init_from)"
+        )
     prefix = _prefix(options, str(path), module, tokenizer)
-    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix)) for prompt in read_prompts(options))
+    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
     if options.prompt_file != "-":
         jobs = list(jobs)  # a mistake in the last line is told before the first text
-    for index, (prompt, ids) in enumerate(jobs):
-        pieces = _texts(tokenizer, _tokens(options, module, ids, index, reads=prefix is not None))
+    for index, (prompt, tokens) in enumerate(_answered(options, module, iter(jobs), reads=prefix is not None)):
+        pieces = _texts(tokenizer, tokens)
         if options.json:
             _write(json.dumps({"prompt": prompt.text, "text": "".join(pieces)}, ensure_ascii=False))
         else:
             _write_text(prompt, pieces, index, reads=prefix is not None)
         _write("\n")
     return 0
+
+
+def _answered(
+    options: Namespace, module: LanguageModule, jobs: Iterator[tuple[Prompt, Tensor]], *, reads: bool
+) -> Iterator[tuple[Prompt, Iterator[int]]]:
+    """Each prompt and its new tokens, `batch_size` prompts at a time where that gives the same texts."""
+    from switchkit.generation import completions, one_at_a_time
+
+    told: set[str] = set()
+    first = 0
+    while batch := list(islice(jobs, options.batch_size)):
+        prompts = [ids for _, ids in batch]
+        why = None if len(batch) == 1 else one_at_a_time(module.net, prompts, options.max_new_tokens)
+        if why is not None and why not in told:
+            told.add(why)
+            print(f"switchkit: one prompt at a time, for a batch would change the texts: {why}", file=sys.stderr)
+        if len(batch) == 1 or why is not None:
+            for index, (prompt, ids) in enumerate(batch, first):
+                yield prompt, module.generate(ids, options.max_new_tokens, **_search(options, [index], reads=reads))
+        else:
+            rows = [ids.to(module.device) for ids in prompts]
+            search = _search(options, range(first, first + len(batch)), reads=reads)
+            symbols = None if module.tokenizer is None else module.tokenizer.vocab_size
+            found = completions(
+                module.net, rows, options.max_new_tokens, eos_id=module.end_ids, symbols=symbols, **search
+            )
+            yield from ((prompt, iter(ids)) for (prompt, _), ids in zip(batch, found, strict=True))
+        first += len(batch)
 
 
 def _prefix(options: Namespace, path: str, module: LanguageModule, tokenizer: Tokenizer) -> Tensor | None:
@@ -70,11 +102,11 @@ def _prefix(options: Namespace, path: str, module: LanguageModule, tokenizer: To
     return language_prefix(options.language, settings, tokenizer, encoder=encoder)
 
 
-def _tokens(options: Namespace, module: LanguageModule, ids: Tensor, index: int, *, reads: bool) -> Iterator[int]:
-    """The new tokens of a prompt. Each has draws of its own, so that a line's text does not depend on other lines."""
+def _search(options: Namespace, numbers: Sequence[int], *, reads: bool) -> dict[str, Any]:
+    """How the prompts of these numbers go on. Each has draws of its own, so that its text does not depend on others."""
     import torch
 
-    given: dict[str, Any] = {"num_beams": options.num_beams}
+    given: dict[str, Any] = {"num_beams": options.num_beams, "use_cache": not options.no_cache}
     if options.length_penalty is not None:
         given["length_penalty"] = options.length_penalty
     if options.num_beams == 1:
@@ -82,8 +114,9 @@ def _tokens(options: Namespace, module: LanguageModule, ids: Tensor, index: int,
         given["temperature"] = usual if options.temperature is None else options.temperature
         given |= {"top_k": options.top_k, "top_p": options.top_p}
         # On the CPU, so that a seed means the same on every device.
-        given["generator"] = torch.Generator().manual_seed(options.seed + index)
-    return module.generate(ids, options.max_new_tokens, use_cache=not options.no_cache, **given)
+        draws = [torch.Generator().manual_seed(options.seed + number) for number in numbers]
+        given["generator"] = draws[0] if len(draws) == 1 else draws
+    return given
 
 
 def _write_text(prompt: Prompt, pieces: Iterator[str], index: int, *, reads: bool) -> None:
@@ -154,6 +187,14 @@ def _parser(command: str) -> OptionParser:
     )
     seed = number(int, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
     add("--seed", type=seed, default=0, metavar="N", help="of the draws; prompt i has N + i (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="prompts at a time, each with the text that it would have alone; above 1 a text comes when its batch is "
+        "done (default: %(default)s)",
+    )
     add("--no_cache", action="store_true", help="compute the whole text for every token: slower, and the same text")
     add("--json", action="store_true", help='one line for each prompt: {"prompt": ..., "text": ...}')
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkit.cli.errors import UserError
+from switchkit.cli.conversion import new_file, say
 from switchkit.cli.options import OptionParser, number
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 
@@ -40,18 +39,14 @@ def _import(command: str, argv: Sequence[str]) -> int:
     add("--context", type=positive, metavar="N", help="longest sequence of a decoder (default: the longest possible)")
     add("--no_tokenizer", action="store_true", help="leave tokenizer.json unread: the checkpoint then reads no text")
     options = parser.parse(argv)
-    out = Path(options.out).expanduser()
-    if out.exists():
-        raise UserError(f"--out {options.out}: it is there already: name another file, or remove it first")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {options.out}: there is no folder {str(out.parent)!r}: create it first")
+    out = new_file(options.out)
 
     from switchkit.interop.files import save_checkpoint
-    from switchkit.interop.importing import read_folder
+    from switchkit.interop.importing import import_hf
 
-    module, config = read_folder(options.folder, context=options.context, tokenizer=not options.no_tokenizer)
-    save_checkpoint(module, out, config)
-    _say(f"{config['model_type']}, {_told(module)}: wrote {out}")
+    module = import_hf(options.folder, context=options.context, tokenizer=not options.no_tokenizer)
+    save_checkpoint(module, out)
+    say(f"{module.hugging_face['config']['model_type']}, {_told(module)}: wrote {out}")
     return 0
 
 
@@ -86,21 +81,16 @@ def _export(command: str, argv: Sequence[str]) -> int:
     path = Path(options.checkpoint).expanduser()
     if options.checkpoint == "last":
         path = checkpoints.last(Path(options.default_root_dir))
-    module, config = open_checkpoint(path)
-    if options.like is not None:
-        config = read_object(Path(options.like).expanduser() / "config.json")
-    family = export_hf(module, options.out, family=options.family, like=config, shard_size=options.max_shard_size)
-    _say(f"{family}, {_told(module)}: wrote {options.out}")
+    module = open_checkpoint(path)
+    like = None if options.like is None else read_object(Path(options.like).expanduser() / "config.json")
+    family = export_hf(module, options.out, family=options.family, like=like, shard_size=options.max_shard_size)
+    say(f"{family}, {_told(module)}: wrote {options.out}")
     return 0
 
 
 def _told(module: LanguageModule) -> str:
     size = sum(parameter.numel() for parameter in module.parameters())
     return f"{size:,} parameters, {len(module.sparse_layers)} sparse layers"
-
-
-def _say(text: str) -> None:
-    print(f"switchkit: {text}", file=sys.stderr)
 
 
 def _size(text: str) -> int:

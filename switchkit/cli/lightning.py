@@ -20,15 +20,17 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from switchkit import __version__, checkpoints
+from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
 from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
-from switchkit.cli.errors import UserError
+from switchkit.cli.errors import UserError, first_process
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
+from switchkit.module import LanguageModule
+from switchkit.origin import carried
 
 __all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
 
@@ -173,7 +175,10 @@ class SwitchkitCLI(LightningCLI):
         if path is None or self.settings.get("ckpt_path") is not None:
             return
         try:
-            self.model.load_state_dict(checkpoints.read(Path(path))["state_dict"])
+            content = checkpoints.read(Path(path))
+            self.model.load_state_dict(content["state_dict"])
+            if isinstance(self.model, LanguageModule):
+                self.model.hugging_face = carried(content["switchkit"], self.model.tokenizer)
         except ValueError as error:
             raise UserError(
                 f"--init_from {path}: {error}. A recipe that names net or moe replaces the checkpoint's: give the "
@@ -208,7 +213,8 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
-            report.checkpoint_line(self.settings.ckpt_path)
+            if first_process():
+                report.checkpoint_line(self.settings.ckpt_path)
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:

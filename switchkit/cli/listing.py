@@ -20,15 +20,20 @@ from rich.table import Table
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import OptionParser
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
-from switchkit.cli.recipes import recipes
+from switchkit.cli.recipes import comparisons, recipes
 from switchkit.registry import KINDS, full_path, named
 
 __all__ = ["run"]
 
+_FILES = {
+    "recipes": "what it trains",
+    "comparisons": "what switchkit compare NAME compares",
+}
+
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print a table per kind of part, and the recipes."""
-    kinds = [*KINDS, "recipes"]
+    kinds = [*KINDS, *_FILES]
     rest, plugins = split_plugins(argv)
     parser = OptionParser(command, "Show the parts and recipes that a name in a configuration can stand for.")
     parser.add_argument("kind", nargs="*", metavar="KIND", help=f"one of {', '.join(kinds)}; all by default")
@@ -42,7 +47,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     # A pipe has no width of its own; 80 columns would break the names.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for kind in asked or kinds:
-        console.print(_recipes() if kind == "recipes" else _parts(kind, foreign))
+        console.print(_files(kind) if kind in _FILES else _parts(kind, foreign))
     return 0
 
 
@@ -74,9 +79,9 @@ def written(kind: str) -> Iterator[tuple[str, str, str]]:
                         yield ast.literal_eval(mark.args[0]), node.name, ast.get_docstring(node) or ""
 
 
-def _recipes() -> Table:
-    table = _table("recipes", "name", "what it trains")
-    for name, path in recipes().items():
+def _files(kind: str) -> Table:
+    table = _table(kind, "name", _FILES[kind])
+    for name, path in (recipes() if kind == "recipes" else comparisons()).items():
         comments = (line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
         table.add_row(name, next(comments, ""))
     return table

@@ -32,12 +32,13 @@ def prepare_teacher(options: Namespace) -> int:
 
     from switchkit.data.shard_writer import refuse_existing
     from switchkit.distill.shared_text import data_of, open_all
+    from switchkit.distill.stored import is_stored
     from switchkit.distill.storing import store
     from switchkit.distill.teacher import open_teacher
 
     refuse_existing(options.out)
-    if path.is_dir():
-        raise UserError(f"--teacher {options.teacher}: this is a folder; name a checkpoint")
+    if is_stored(path):
+        raise UserError(f"--teacher {options.teacher}: this is what a teacher said already; name its checkpoint")
     opened = open_all([path])[0]
     text = options.files[0] if options.files else None
     data = data_of(opened, text, "--teacher", stage="fit", stride=options.stride)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -78,10 +78,11 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Prompt]:
         raise UserError(f"{name} is empty: give one prompt a line")
 
 
-def encoded(prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None) -> Tensor:
+def encoded(prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None, end: Sequence[int] = ()) -> Tensor:
     """The ids of a prompt; with a `prefix` those of a source, as an encoder reads it.
 
-    A source has its end id, and special tokens of the vocabulary, such as ``<extra_id_0>``, where they are written.
+    A source has the first of `end` behind it, and special tokens of the vocabulary, such as ``<extra_id_0>``, where
+    they are written.
 
     Raises:
         UserError: text that the vocabulary does not have.
@@ -95,8 +96,7 @@ def encoded(prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None) -> Tens
         for piece in re.split(r"(<[^<>\s]+>|\[[^\[\]\s]+\])", prompt.text):
             special = tokenizer.special_id(piece)
             parts.append(tokenizer.encode(piece) if special is None else prefix.new_tensor([special]))
-        if tokenizer.eos_id is not None:
-            parts.append(prefix.new_tensor([tokenizer.eos_id]))
+        parts.append(prefix.new_tensor(list(end[:1])))
         return torch.cat(parts)
     except ValueError as error:
         raise UserError(f"{prompt.where}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,37 @@ import yaml
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.plugins import importable
 
-__all__ = ["dump_yaml", "find_config", "load_yaml", "read_config", "recipes"]
+__all__ = ["comparisons", "dump_yaml", "find_config", "is_comparison", "load_yaml", "read_config", "recipes"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def recipes() -> dict[str, Path]:
     """The packaged recipes by name: ``recipes()["routing/expert_choice"]``."""
+    return {name: path for name, path in _packaged().items() if not _compares(path)}
+
+
+def comparisons() -> dict[str, Path]:
+    """The packaged comparisons by name, which ``switchkit compare`` takes: ``comparisons()["compare/capacity"]``."""
+    return {name: path for name, path in _packaged().items() if _compares(path)}
+
+
+def is_comparison(values: Mapping[str, Any]) -> bool:
+    """Whether the content of a file is a comparison and no recipe: it names runs."""
+    return "runs" in values
+
+
+def _packaged() -> dict[str, Path]:
     # In a wheel they lie inside the package, in a checkout beside it.
     folder = next((f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), None)
     if folder is None:
         return {}
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _compares(path: Path) -> bool:
+    # By its text: a list of names needs no parsed YAML.
+    return path.parent.name == "compare" and re.search(r"^runs:", path.read_text("utf-8"), re.MULTILINE) is not None
 
 
 def find_config(name: str) -> Path:
@@ -32,7 +52,7 @@ def find_config(name: str) -> Path:
         UserError: neither exists.
     """
     path = Path(name).expanduser()
-    known = recipes()
+    known = _packaged()
     recipe = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
     if path.is_file():
         return path
@@ -42,7 +62,7 @@ def find_config(name: str) -> Path:
         raise UserError(f"--config {name}: this is a folder; give a YAML file in it")
     raise UserError(
         f"--config {name}: there is no such file, nor a recipe of that name{near(recipe, known)} "
-        f"Recipes: {', '.join(known) or 'none'}"
+        f"Recipes: {', '.join(recipes()) or 'none'}"
     )
 
 

@@ -15,7 +15,7 @@ from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, target_of
 from switchkit.cli.plugins import import_plugins, load_entry_points
-from switchkit.cli.recipes import find_config, read_config, recipes
+from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
 from switchkit.cli.teacher import distils, teacher_of, teacher_settings
 
@@ -77,9 +77,8 @@ def gather(command: str, arguments: Arguments) -> list[Source]:
     """The sources in order, the checkpoint aside; the plugins that they name are imported."""
     load_entry_points()
     sources = environment(command)
-    for name in arguments.configs:
-        path = find_config(name)
-        sources.append(Source(read_config(path), str(path), path.parent))
+    for config in arguments.configs:
+        sources.append(config if isinstance(config, Source) else _read(config))
     for source in sources:
         named = source.values.get("plugins")
         if named is not None and not isinstance(named, (list, str)):
@@ -88,6 +87,14 @@ def gather(command: str, arguments: Arguments) -> list[Source]:
     import_plugins(arguments.plugins, "--plugins")
     _import_public()
     return [*sources, *arguments.sources()]
+
+
+def _read(name: str) -> Source:
+    path = find_config(name)
+    values = read_config(path)
+    if is_comparison(values):
+        raise UserError(f"--config {name}: this is a comparison of recipes, not a recipe: switchkit compare {name}")
+    return Source(values, str(path), path.parent)
 
 
 def merge_all(sources: Iterable[Source], command: str) -> dict[str, Any]:

@@ -41,21 +41,14 @@ class ExpertUse:
         return self.load / self.load.sum().clamp(min=1)
 
     @property
-    def gate(self) -> Float[Tensor, "E"]:
-        """What an expert's output is multiplied by on average, times the choices of a token.
+    def gate(self) -> float:
+        """Mean over the tokens of the sum of their weights: what the routed experts are multiplied by.
 
-        It is what `switchkit.convert.merging.feed_forward_of` takes: 1 for weights that sum to one and do not depend on
-        the expert, the mean probability for `switch`. An expert without a token has the mean of all; 1 where nothing
-        was measured.
+        It is what `switchkit.convert.merging.feed_forward_of` takes: 1 for weights that sum to one, the mean
+        probability for `switch`; 1 where nothing was measured. One number for all experts, since a weight that is large
+        in one expert is small in another of the same token: with a mean for each, copies would not merge into what they
+        were.
         """
-        if not self.tokens or not float(self.load.sum()):
-            return torch.ones_like(self.load)
-        choices, mean = self.load.sum() / self.tokens, self.weight.sum() / self.load.sum()
-        return choices * torch.where(self.load > 0, self.weight / self.load.clamp(min=1), mean)
-
-    @property
-    def total_weight(self) -> float:
-        """Mean over the tokens of the sum of their weights; 1 where nothing was measured."""
         return float(self.weight.sum()) / self.tokens if self.tokens else 1.0
 
 

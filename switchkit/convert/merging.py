@@ -14,7 +14,7 @@ from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.experts.shared import Shared
 from switchkit.layers import MoELayer
 
-__all__ = ["How", "align", "feed_forward_of", "merge", "stack_of"]
+__all__ = ["How", "align", "check_how", "feed_forward_of", "merge", "stack_of"]
 
 How = Literal["mean", "usage", "most_used", "aligned"]
 Weights = Mapping[str, Tensor]
@@ -83,8 +83,7 @@ def merge(
         ValueError: another word for `how`, a usage that is missing, negative, zero everywhere or of another length.
         ImportError: "aligned" without SciPy.
     """
-    if how not in get_args(How):
-        raise ValueError(f"how must be one of {', '.join(get_args(How))}; got {how!r}")
+    check_how(how)
     count = len(experts["w1"])
     share = _share(how, usage, count).to(experts["w1"].device)
     if how == "aligned":
@@ -116,9 +115,9 @@ def feed_forward_of(
         layer: its experts are `mlp`, `gated_mlp`, or `shared` with the mix "sum".
         how: see `merge`.
         usage: assignments of each expert, as `switchkit.convert.measuring.measure` counts them.
-        gate: what the router multiplied the routed experts by, summed over the choices of a token: one mean, or one for
-            each expert. A `switch` router has weights below 1, so that a copy of its expert would be too loud. Null: 1,
-            as with weights that sum to one.
+        gate: what the router multiplied the routed experts by, summed over the choices of a token: one mean, as
+            measured, or one for each expert. A `switch` router has weights below 1, so that a copy of its expert would
+            be too loud. Null: 1, as with weights that sum to one.
 
     Raises:
         ValueError: experts that a `FeedForward` cannot express (another kind, biases, shared ones mixed by a gate), or
@@ -142,6 +141,16 @@ def feed_forward_of(
         gates, values = one["w1"].chunk(2, dim=-1)
         return {"up.weight": _turned(values), "gate.weight": _turned(gates), "down.weight": _turned(one["w2"])}
     return {"up.weight": _turned(one["w1"]), "down.weight": _turned(one["w2"])}
+
+
+def check_how(how: str) -> None:
+    """Refuses a word that `merge` does not know.
+
+    Raises:
+        ValueError: names those that it knows.
+    """
+    if how not in get_args(How):
+        raise ValueError(f"how must be one of {', '.join(get_args(How))}; got {how!r}")
 
 
 def _share(how: How, usage: Tensor | None, count: int) -> Float[Tensor, "E"]:

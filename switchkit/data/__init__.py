@@ -13,6 +13,7 @@ from switchkit.data.shards import ShardCorpus, ShardedTokens
 from switchkit.data.sources import DataError, Source, find_text
 from switchkit.data.span_corruption import SpanCorruption
 from switchkit.data.span_data import SpanData
+from switchkit.data.stream_data import StreamData
 from switchkit.data.subwords import FileTokenizer
 from switchkit.data.text import TextData
 from switchkit.data.tokenizers import CharTokenizer, Tokenizer
@@ -37,6 +38,7 @@ __all__ = [
     "Source",
     "SpanCorruption",
     "SpanData",
+    "StreamData",
     "TextData",
     "Tokenizer",
     "TrainingLoader",

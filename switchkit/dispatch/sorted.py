@@ -51,11 +51,10 @@ class Sorted(Dispatcher):
         flat = row.flatten()
         # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray memory.
         source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
-        x = tokens.flatten(0, 1)
         if routing.k is None:
-            rows = x.index_select(0, flat_tokens(routing).flatten().index_select(0, source))
+            rows = tokens.flatten(0, 1).index_select(0, flat_tokens(routing).flatten().index_select(0, source))
         else:
-            rows = _Take.apply(x, source // routing.k, row.view(-1, routing.k))  # type: ignore[no-untyped-call]
+            rows = _Take.apply(tokens, row, source, routing.k)  # type: ignore[no-untyped-call]
         return Rows(x=rows, load=per_expert, sizes=sizes, row=row, source=source)
 
     def combine(self, out: Float[Tensor, "*layout D"], rows: Rows, routing: Routing) -> Float[Tensor, "G S D"]:
@@ -64,15 +63,15 @@ class Sorted(Dispatcher):
         assert rows.row is not None
         assert rows.source is not None
         _, kept, _ = placed(routing)
-        weight = routing.weight.to(out.dtype)
+        weight = routing.weight if routing.weight.dtype == out.dtype else routing.weight.to(out.dtype)
         if not _nothing_dropped(rows.sizes, rows.row):
             weight = weight.masked_fill(~kept, 0)
         if routing.k is None:
             back = out.index_select(0, rows.row.flatten())
             return sum_choices(back * weight.flatten().unsqueeze(-1), routing)
-        k = routing.k
-        y = _Return.apply(out, weight.view(-1, k), rows.row.view(-1, k), rows.source)  # type: ignore[no-untyped-call]
-        return y.view(*routing.valid.shape, out.shape[-1])
+        size = (*routing.valid.shape, out.shape[-1])
+        y: Tensor = _Return.apply(out, weight, rows.row, rows.source, routing.k, size)  # type: ignore[no-untyped-call]
+        return y
 
 
 def _nothing_dropped(sizes: tuple[int, ...] | None, row: Int[Tensor, "G N"]) -> bool:
@@ -92,35 +91,44 @@ def _weighted_sum(rows: Float[Tensor, "R D"], weight: Tensor | None, row: Int[Te
     return y.sum(1) if weight is None else torch.einsum("tkd,tk->td", y, weight)
 
 
+def _token(source: Int[Tensor, "R"], k: int) -> Int[Tensor, "R"]:
+    """Which token each row came from."""
+    return source if k == 1 else source // k
+
+
 class _Take(torch.autograd.Function):
     """Rows from tokens; the gradient of a token is the sum over its rows, gathered rather than scattered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, row: Tensor, source: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(row)
-        return x.index_select(0, token)
+        ctx.k, ctx.size = k, tokens.shape
+        return tokens.flatten(0, 1).index_select(0, _token(source, k))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
-        return _weighted_sum(grad, None, row), None, None
+        return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
 
 
 class _Return(torch.autograd.Function):
-    """Tokens from weighted rows."""
+    """Tokens of the shape `size` from weighted rows."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor, row: Tensor, source: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, weight: Tensor, row: Tensor, source: Tensor, k: int, size: tuple[int, ...]
+    ) -> Tensor:
         ctx.save_for_backward(out, weight, row, source)
-        return _weighted_sum(out, weight, row)
+        ctx.k = k
+        return _weighted_sum(out, weight.view(-1, k), row.view(-1, k)).view(size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         out, weight, row, source = ctx.saved_tensors
-        by_row = grad.index_select(0, source // row.shape[1])
+        by_row = grad.flatten(0, 1).index_select(0, _token(source, ctx.k))
         # In the rows' order first, then back in the tokens': one gather of the wide gradient serves both.
         product = torch.linalg.vecdot(by_row, out)
-        grad_weight = product[row]
-        return by_row.mul_(weight.flatten()[source].unsqueeze(-1)), grad_weight, None, None
+        grad_weight = product.take(row)
+        return by_row.mul_(weight.take(source).unsqueeze(-1)), grad_weight, None, None, None, None

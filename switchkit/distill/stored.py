@@ -181,8 +181,8 @@ class StoredTeacher:
 
 
 def is_stored(path: str | Path) -> bool:
-    """Whether a teacher's path is a folder of what it said."""
-    return Path(path).expanduser().is_dir()
+    """Whether a teacher's path is a folder of what it said; a checkpoint may be a folder too."""
+    return (Path(path).expanduser() / INDEX).is_file()
 
 
 def digests(batch: Mapping[str, Tensor]) -> np.ndarray[Any, Any]:

@@ -53,8 +53,7 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         """Symbols of its logits."""
-        net: Any = self.net
-        return int(net.embed.weight.shape[0])
+        return int(self.net.get_parameter("embed.weight").shape[0])
 
     @property
     def parameters(self) -> int:
@@ -97,7 +96,7 @@ def open_teacher(given: str | Path | LanguageModule, precision: Precision | None
         raise ValueError(f"teacher must be the path of a checkpoint or a LanguageModule; got a {type(given).__name__}")
     with torch.random.fork_rng(devices=[]):
         module = LanguageModule.load_from_checkpoint(given)
-    step = int(checkpoints.read(given).get("global_step", 0))
+    step = int(checkpoints.read_settings(given)["step"])
     about = {"path": str(Path(given).expanduser().absolute()), "step": step, "sha256": fingerprint(module)}
     return Teacher(frozen(module, precision), about)
 

@@ -91,7 +91,15 @@ def expert_of_row(rows: Rows) -> Int[Tensor, "*layout"]:
     return torch.searchsorted(rows.load.cumsum(0), place, right=True)
 
 
-def init_linear(weight: Tensor, fan_in: int) -> None:
-    """Truncated normal at two deviations, std ``sqrt(0.1 / fan_in)`` (section 2.4 of arXiv 2101.03961)."""
-    std = math.sqrt(0.1 / fan_in)
+def init_linear(weight: Tensor, fan_in: int, scale: float = 0.1) -> None:
+    """Truncated normal at two deviations, std ``sqrt(scale / fan_in)`` (section 2.4 of arXiv 2101.03961).
+
+    The paper divides the usual scale of 1 by ten, which its Table 3 shows to be steadier.
+
+    Raises:
+        ValueError: a scale that is not a finite number above 0.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"init_scale must be a finite number > 0; got {scale}")
+    std = math.sqrt(scale / fan_in)
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

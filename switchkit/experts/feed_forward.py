@@ -27,11 +27,12 @@ class _FeedForward(Experts):
         activation: Activation,
         bias: bool,
         dropout: float,
+        init_scale: float,
         alike: bool = False,
     ) -> None:
         super().__init__(d_model, d_ff, num_experts)
         self.activation, self.dropout = check(activation, dropout)
-        self.alike = alike
+        self.alike, self.init_scale = alike, init_scale
         self.w1 = nn.Parameter(torch.empty(num_experts, d_model, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.b1 = nn.Parameter(torch.zeros(num_experts, hidden)) if bias else None
@@ -39,8 +40,8 @@ class _FeedForward(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init_linear(self.w1, self.d_model)
-        init_linear(self.w2, self.d_ff)
+        init_linear(self.w1, self.d_model, self.init_scale)
+        init_linear(self.w2, self.d_ff, self.init_scale)
         if self.alike:
             with torch.no_grad():
                 for weight in (self.w1, self.w2):
@@ -55,13 +56,13 @@ class Mlp(_FeedForward):
     """``act(x W1) W2``, ReLU and no bias by default (T5, and the paper's experts).
 
     `dropout` is the expert dropout: on the hidden activations of the experts alone, apart from the model's dropout.
-    Weights are independent draws, truncated normal with std ``sqrt(0.1 / fan_in)``; with `alike` all experts start as
-    copies of one, and only their tokens tell them apart.
+    Weights are independent draws, truncated normal with std ``sqrt(init_scale / fan_in)``, 0.1 as in the paper; with
+    `alike` all experts start as copies of one, and only their tokens tell them apart.
 
     Elsewhere: labml's experts are copies of one, and V-MoE's share one initialisation.
 
     Raises:
-        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation.
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation, an init_scale not above 0.
 
     Source: arXiv 2101.03961, sections 2.1 and 2.4.
     """
@@ -76,8 +77,9 @@ class Mlp(_FeedForward):
         bias: bool = False,
         dropout: float = 0.0,
         alike: bool = False,
+        init_scale: float = 0.1,
     ) -> None:
-        super().__init__(d_model, d_ff, num_experts, d_ff, activation, bias, dropout, alike)
+        super().__init__(d_model, d_ff, num_experts, d_ff, activation, bias, dropout, init_scale, alike)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         plain = self.activation == "relu" and self.b1 is None and not (self.dropout and self.training)
@@ -95,7 +97,7 @@ class GatedMlp(_FeedForward):
     `dropout` is the expert dropout, on the product. Weights are drawn as those of `mlp`.
 
     Raises:
-        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation.
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown activation, an init_scale not above 0.
 
     Source: arXiv 2002.05202 (GLU variants), equation 6.
     """
@@ -109,9 +111,10 @@ class GatedMlp(_FeedForward):
         activation: Activation = "silu",
         bias: bool = False,
         dropout: float = 0.0,
+        init_scale: float = 0.1,
     ) -> None:
         # Gate and value side by side: one product for both.
-        super().__init__(d_model, d_ff, num_experts, 2 * d_ff, activation, bias, dropout)
+        super().__init__(d_model, d_ff, num_experts, 2 * d_ff, activation, bias, dropout, init_scale)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         gate, value = grouped_linear(rows.x, rows, self.w1, self.b1).chunk(2, dim=-1)

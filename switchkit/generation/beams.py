@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchkit.generation.ends import ends_of, is_end
 from switchkit.generation.window import Window
 
 __all__ = ["penalty", "search"]
@@ -19,7 +21,7 @@ def penalty(length: int, alpha: float) -> float:
 
 
 def search(
-    window: Window, beams: int, count: int, alpha: float, eos_id: int | None
+    window: Window, beams: int, count: int, alpha: float, eos_id: int | Sequence[int] | None
 ) -> tuple[list[Int[Tensor, "_"]], Float[Tensor, "B"]]:
     """The best sequence found for each row, its `eos_id` included, and its log-probability.
 
@@ -27,6 +29,7 @@ def search(
     candidates, and the `beams` best that do not end are the next beginnings. A row is done when no beginning can score
     above its best candidate any more: log-probabilities only fall, and no divisor is larger than that of `count`.
     """
+    stops = ends_of(eos_id)
     rows, device = window.rows, window.tokens.device
     found: list[Tensor] = [torch.empty(0, dtype=torch.long, device=device) for _ in range(rows)]
     best, log_prob = torch.full((rows,), -math.inf, device=device), torch.zeros(rows, device=device)
@@ -45,7 +48,7 @@ def search(
         reached = score.unsqueeze(-1) + logits.log_softmax(-1).view(len(going), beams, symbols)
         value, place = reached.flatten(1).topk(min(2 * beams, beams * symbols))
         parent, token = place // symbols, place % symbols
-        ends = torch.zeros_like(token, dtype=torch.bool) if eos_id is None else token == eos_id
+        ends = is_end(token, stops)
         if length == count:
             # What has not ended by now competes as it is.
             ends = torch.ones_like(ends)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from switchkit.generation.beams import search
+from switchkit.generation.ends import ends_of, is_end
 from switchkit.generation.steps import steps
 from switchkit.generation.window import Window
 
@@ -23,7 +24,7 @@ class Generated:
     """What `generate` returns; N is the length of the longest row."""
 
     tokens: Int[Tensor, "B N"]
-    """The new tokens alone; behind the end of a row its `eos_id` again."""
+    """The new tokens alone; behind the end of a row (the first) `eos_id` again."""
     valid: Bool[Tensor, "B N"]
     """True: a token of the row, the `eos_id` that ends it included."""
     log_prob: Float[Tensor, "B"]
@@ -43,10 +44,10 @@ def generate(
     top_p: float | None = None,
     num_beams: int = 1,
     length_penalty: float = 0.6,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     use_cache: bool = True,
     symbols: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Generated:
     """All new tokens of every row. What is not named here is as in `stream`.
 
@@ -65,27 +66,28 @@ def generate(
     check_beams(num_beams, length_penalty, temperature, top_k, top_p)
     given = {"source": source, "source_valid": source_valid}
     window = Window(net, tokens, valid, **given, use_cache=use_cache, symbols=symbols)
-    columns = steps(window, max_new_tokens, temperature, top_k, top_p, eos_id, generator)
+    ends = ends_of(eos_id)
+    columns = steps(window, max_new_tokens, temperature, top_k, top_p, ends, generator)
     with torch.no_grad():
         if num_beams > 1:
-            return _gathered(*search(window, num_beams, max_new_tokens, length_penalty, eos_id), eos_id)
-        return _joined(columns, window, eos_id)
+            return _gathered(*search(window, num_beams, max_new_tokens, length_penalty, ends), ends)
+        return _joined(columns, window, ends)
 
 
-def _gathered(rows: list[Tensor], log_prob: Tensor, eos_id: int | None) -> Generated:
+def _gathered(rows: list[Tensor], log_prob: Tensor, ends: tuple[int, ...]) -> Generated:
     lengths = torch.tensor([len(row) for row in rows], device=log_prob.device)
-    tokens = pad_sequence(rows, batch_first=True, padding_value=0 if eos_id is None else eos_id)
+    tokens = pad_sequence(rows, batch_first=True, padding_value=ends[0] if ends else 0)
     return Generated(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1), log_prob)
 
 
-def _joined(columns: Iterator[tuple[Tensor, Tensor]], window: Window, eos_id: int | None) -> Generated:
+def _joined(columns: Iterator[tuple[Tensor, Tensor]], window: Window, ends: tuple[int, ...]) -> Generated:
     found, log_probs = [window.tokens[:, :0]], [torch.zeros(window.rows, 0, device=window.tokens.device)]
     for token, logits in columns:
         found.append(token.unsqueeze(1))
         log_probs.append(logits.log_softmax(-1).gather(1, found[-1]))
     tokens = torch.cat(found, dim=1)
-    # The first eos_id of a row is its own; what follows is filling.
-    over = torch.zeros_like(tokens, dtype=torch.bool) if eos_id is None else (tokens == eos_id).cumsum(1) > 1
+    # The first end of a row is its own; what follows is filling.
+    over = is_end(tokens, ends).cumsum(1) > 1
     return Generated(tokens, ~over, torch.cat(log_probs, dim=1).masked_fill(over, 0).sum(1))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.generation.ends import ends_of, is_end
 from switchkit.generation.window import Window
 from switchkit.sampling import check_sampling, sample
 
@@ -25,10 +26,10 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     use_cache: bool = True,
     symbols: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token of every row, step by step, until all rows have ended.
 
@@ -49,12 +50,13 @@ def stream(
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens that hold this probability together.
-        eos_id: a row ends with this token, which is yielded for it from then on; None: no row ends early.
+        eos_id: a row ends with this token, or any of several, and gives the first of them from then on; None, or an
+            empty row: no row ends early.
         use_cache: False computes the whole sequence at each step: slower, and the same tokens.
         symbols: how many ids may come next, from 0 on; None: all that the model has. Published models have more than
             their tokenizers.
         generator: of the draws, one per row and step in order, rows that have ended included: a seed gives the same
-            text with a cache and without.
+            text with a cache and without. One for each row: a row's text does not depend on the others.
 
     Raises:
         ValueError: no prompt, an empty row, a source that the model does not read, an option out of range.
@@ -71,8 +73,8 @@ def steps(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    eos_id: int | None,
-    generator: torch.Generator | None,
+    eos_id: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[tuple[Int[Tensor, "B"], Float[Tensor, "B V"]]]:
     """The token of each row and the logits that it was taken from (zeros for a row that has ended).
 
@@ -82,7 +84,7 @@ def steps(
     check_sampling(temperature, top_k, top_p)
     if count < 0:
         raise ValueError(f"max_new_tokens must be at least 0; got {count}")
-    return _steps(window, count, temperature, top_k, top_p, eos_id, generator)
+    return _steps(window, count, temperature, top_k, top_p, ends_of(eos_id), generator)
 
 
 def _steps(
@@ -91,8 +93,8 @@ def _steps(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    eos_id: int | None,
-    generator: torch.Generator | None,
+    ends: tuple[int, ...],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     going = torch.arange(window.rows, device=window.tokens.device)
     ended = torch.zeros(window.rows, dtype=torch.bool, device=going.device)
@@ -102,11 +104,11 @@ def _steps(
             # Rows that have ended draw on, so that the draws of a row do not depend on what others came to say.
             logits = logits.new_zeros(len(ended), logits.shape[-1]).index_copy(0, going, logits)
         token = sample(temperature, top_k, top_p, generator, logits)
-        if eos_id is not None:
-            token = token.masked_fill(ended, eos_id)
-            ended = ended | (token == eos_id)
+        if ends:
+            token = token.masked_fill(ended, ends[0])
+            ended = ended | is_end(token, ends)
         yield token, logits
-        if eos_id is not None and bool(ended[going].any()):
+        if ends and bool(ended[going].any()):
             window.select((~ended[going]).nonzero().squeeze(1))
             going = (~ended).nonzero().squeeze(1)
             if not len(going):

@@ -22,6 +22,7 @@ from switchkit.interop.importing import build_module
 from switchkit.interop.keys import Keys
 from switchkit.interop.structure import differences
 from switchkit.module import LanguageModule
+from switchkit.origin import generation_of
 
 __all__ = ["SHARD_SIZE", "export_hf"]
 
@@ -58,7 +59,8 @@ def export_hf(
         module: a module around a `Decoder` or an `EncoderDecoder`.
         folder: where to; it must not exist, or be empty.
         family: a `model_type`, where several fit; null: the first that fits.
-        like: a config.json that says what a model does not know: the ids of special tokens.
+        like: a config.json that says what a model does not know, the ids of special tokens; null: that of the files
+            it was imported from, or else the tokenizer's.
         shard_size: bytes of a file; more weights make several files and an index.
 
     Raises:
@@ -76,12 +78,13 @@ def export_hf(
     found, config = _described(module, family)
     own = {name.removeprefix("net."): tensor for name, tensor in module.state_dict().items()}
     table = list(found.keys(module.net))
-    config = _completed(config, found, own, like or {})
+    config = _completed(config, found, own, like or _known(module))
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
         _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", _generation(config))
+        kept = {} if like else generation_of(module.hugging_face)
+        _write_json(temporary / "generation_config.json", _generation(config, kept))
         if isinstance(module.tokenizer, FileTokenizer):
             (temporary / "tokenizer.json").write_text(module.tokenizer.text, encoding="utf-8")
         _write_tensors(temporary, table, own, shard_size, save_file)
@@ -149,9 +152,18 @@ def _completed(
     }
 
 
-def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
+def _known(module: LanguageModule) -> dict[str, Any]:
+    """What the imported config.json said, over the ids of the tokenizer."""
+    tokenizer = module.tokenizer
+    pairs = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    own = {name: value for name, value in pairs.items() if value is not None}
+    return {**own, **(module.hugging_face.get("config") or {})}
+
+
+def _generation(config: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
-    found = {name: config[name] for name in names if config.get(name) is not None}
+    known = {name: kept.get(name, config.get(name)) for name in names}
+    found = {name: value for name, value in known.items() if value is not None}
     return {"_from_model_config": True, **found, "transformers_version": FORM}
 
 

@@ -10,18 +10,29 @@ from typing import Any
 import lightning as L
 
 from switchkit import checkpoints
-from switchkit.interop.importing import OnMeta
 from switchkit.module import LanguageModule
 from switchkit.registry import full_path
-from switchkit.spec import build
+from switchkit.spec import OnMeta, build
 
 __all__ = ["open_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
-    """Write a model that was never trained here as a checkpoint, at step 0; `config` is what its config.json said.
+def save_checkpoint(
+    module: LanguageModule,
+    path: str | Path,
+    *,
+    data: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model that was never trained as it is, as a checkpoint at step 0.
 
     Weights keep their dtype. The file appears whole or not at all.
+
+    Args:
+        module: the model.
+        path: the file.
+        data: the settings of the data that it goes with, as another checkpoint has them; null: those of its trainer.
+        source: where their text came from, as another checkpoint has it; null: what its trainer's data say.
 
     Raises:
         OSError: it cannot be written.
@@ -37,8 +48,7 @@ def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[st
         "callbacks": {},
     }
     module.on_save_checkpoint(content)
-    if config is not None:
-        content["switchkit"]["hugging_face"] = {"config": dict(config)}
+    content["switchkit"] |= {name: value for name, value in (("data", data), ("source", source)) if value is not None}
     writer = checkpoints.AtomicCheckpointIO()
     try:
         writer.save_checkpoint(content, path)
@@ -46,8 +56,8 @@ def save_checkpoint(module: LanguageModule, path: str | Path, config: Mapping[st
         writer.teardown()
 
 
-def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
-    """The model of a checkpoint, weights in the dtype of the file, and the config.json it came from, if it did.
+def open_checkpoint(path: str | Path) -> LanguageModule:
+    """The model of a checkpoint, weights in the dtype of the file.
 
     Raises:
         ValueError: see `LanguageModule.load_from_checkpoint`.
@@ -62,5 +72,5 @@ def open_checkpoint(path: str | Path) -> tuple[LanguageModule, dict[str, Any]]:
         factory = partial(factory, net=OnMeta(net.func, **net.keywords))
     module: LanguageModule = factory()
     module.load_state_dict(content["state_dict"], assign=True)
-    known = content["switchkit"].get("hugging_face") or {}
-    return module, known.get("config") or {}
+    module.on_load_checkpoint(content)
+    return module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from switchkit.interop.families.base import EVERY_MODEL
 from switchkit.interop.folder import Folder
 from switchkit.interop.keys import Keys
 from switchkit.module import LanguageModule
+from switchkit.spec import OnMeta
 
-__all__ = ["OnMeta", "build_module", "import_hf", "read_folder"]
+__all__ = ["build_module", "import_hf"]
 
 LARGEST_TOKENIZER = 256 * 2**20
 EMBEDDINGS = (
@@ -39,7 +39,8 @@ def import_hf(
     """The model of a folder that Hugging Face's transformers saved, with its losses and its tokenizer.
 
     Its logits are those of transformers. Nothing is downloaded, no pickle is opened, and nothing is approximated: what
-    cannot be built exactly is refused with the reason.
+    cannot be built exactly is refused with the reason. What config.json and generation_config.json said is the module's
+    `hugging_face`, which goes along into checkpoints and `export_hf`.
 
     Args:
         folder: holds config.json and model.safetensors, or its shards and their index.
@@ -51,31 +52,17 @@ def import_hf(
         ValueError: no such folder, a damaged or hostile one, a model_type that is not known, a setting that is not
             built here, tensors that are missing, unexpected, or of another shape.
     """
-    module, _ = read_folder(folder, context=context, tokenizer=tokenizer)
-    return module if dtype is None else module.to(dtype)
-
-
-def read_folder(
-    folder: str | Path, *, context: int | None = None, tokenizer: bool = True
-) -> tuple[LanguageModule, dict[str, Any]]:
-    """`import_hf`, and what config.json said."""
     source = Folder(folder)
     values = read_object(source.config_path)
-    config = Config(_with_generation(values, source), tensors=len(source.tensors))
+    generation = _generation(source)
+    config = Config(_with_start(values, generation), tensors=len(source.tensors))
     family = family_of(config)
     plan = family.plan(config, family.tied(config) and not _own_head(source), context)
     module = build_module(plan, _tokenizer(source) if tokenizer else None)
     table = list(_matched(family, config, module.net, source))
     module.load_state_dict({f"net.{name}": tensor for name, tensor in _tensors(table, source)}, assign=True)
-    return module, values
-
-
-class OnMeta(partial[nn.Module]):
-    """A factory whose model has shapes, but no memory yet."""
-
-    def __call__(self, /, *args: Any, **keywords: Any) -> nn.Module:
-        with torch.device("meta"):
-            return super().__call__(*args, **keywords)
+    module.hugging_face = {"config": values, "generation": generation}
+    return module if dtype is None else module.to(dtype)
 
 
 def build_module(plan: Plan, tokenizer: Tokenizer | None = None) -> LanguageModule:
@@ -88,10 +75,14 @@ def build_module(plan: Plan, tokenizer: Tokenizer | None = None) -> LanguageModu
     return LanguageModule(net, moe=plan.moe, losses=list(plan.losses), tokenizer=tokenizer, vocab_size=plan.vocab_size)
 
 
-def _with_generation(values: Mapping[str, Any], source: Folder) -> dict[str, Any]:
-    """The config, with the start token that newer versions keep in a file of its own."""
+def _generation(source: Folder) -> dict[str, Any]:
     path = source.optional("generation_config.json")
-    start = None if path is None else read_object(path).get("decoder_start_token_id")
+    return {} if path is None else read_object(path)
+
+
+def _with_start(values: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with the start token that newer versions keep in a file of its own."""
+    start = generation.get("decoder_start_token_id")
     return {**values} if start is None else {"decoder_start_token_id": start, **values}
 
 

@@ -12,7 +12,7 @@ from switchkit.layers import MoELayer
 __all__ = ["differences"]
 
 ONLY_IN_TRAINING = frozenset(
-    ("training", "dropout", "p", "jitter", "init_std", "alike", "sample", "temperature", "input_dropout")
+    ("training", "dropout", "p", "jitter", "init_std", "init_scale", "alike", "sample", "temperature", "input_dropout")
 )
 TOLD_BY_PARTS = frozenset(
     (

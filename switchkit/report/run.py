@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
 from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
 from switchkit.checkpoints import read, read_settings
 from switchkit.report.sample import command, sample
@@ -31,6 +33,9 @@ def checkpoint_line(path: str) -> None:
 def opening(cli: Any) -> None:
     """Print what is about to be trained, on what, from where."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
     out = console()
     info = data.source_info() if hasattr(data, "source_info") else None
     if (box := fallback_box(info)) is not None:
@@ -39,7 +44,6 @@ def opening(cli: Any) -> None:
     rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
     rows += module.opening_rows() if hasattr(module, "opening_rows") else []
     out.print(model_table(_net(module), context_of(cli), rows))
-    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
 
 
 def describe(cli: Any) -> None:
@@ -55,9 +59,12 @@ def describe(cli: Any) -> None:
 
 
 def closing(cli: Any) -> None:
-    """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next."""
+    """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next.
+
+    All processes evaluate, and write the sample together where each holds a part of the model; the first one prints.
+    """
     module, trainer = cli.model, cli.trainer
-    if trainer.fast_dev_run or not trainer.is_global_zero:
+    if trainer.fast_dev_run:
         return
     wall = time.perf_counter() - cli.started
     best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
@@ -67,6 +74,10 @@ def closing(cli: Any) -> None:
         if hasattr(bar, "disable"):
             bar.disable()
     found = trainer.validate(module, datamodule=cli.datamodule, verbose=False)[0]
+    written = None if module.tokenizer is None else sample(module, cli.datamodule)
+    config = _config(trainer)
+    if not trainer.is_global_zero:
+        return
     out = console()
     info = cli.datamodule.source_info() if hasattr(cli.datamodule, "source_info") else None
     if (box := fallback_box(info)) is not None:
@@ -93,13 +104,12 @@ def closing(cli: Any) -> None:
         for line in (
             command(module, cli.datamodule, shown),
             f"switchkit test --ckpt_path {shown}",
-            f"switchkit fit{_config(trainer)} --ckpt_path {last or shown} "
-            f"--trainer.max_steps {2 * trainer.global_step}",
+            f"switchkit fit{config} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)
-    if module.tokenizer is not None:
+    if written is not None:
         out.print("Sample:", style="bold")
-        out.print(sample(module, cli.datamodule), highlight=False, markup=False)
+        out.print(written, highlight=False, markup=False)
 
 
 def predicted(cli: Any) -> None:
@@ -124,7 +134,7 @@ def context_of(cli: Any) -> int:
 def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
     """The file that the first callback of a kind saved, if it is still there."""
     path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
-    return path if path is not None and path.is_file() else None
+    return path if path is not None and path.exists() else None
 
 
 def _config(trainer: Any) -> str:

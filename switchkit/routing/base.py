@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,7 @@ __all__ = [
     "RouterFactory",
     "best_expert",
     "check_k",
+    "full_precision",
     "project",
     "softmax",
     "token_choice",
@@ -72,8 +74,9 @@ class RouterFactory(Protocol):
 class LinearRouter(Router):
     """A router whose logits are one matrix product, in float32 or better, plus a bias where `offset` asks for one.
 
-    Initialised by a truncated normal, std ``sqrt(0.1 / d_model)`` (section 2.4 of arXiv 2101.03961), or by a normal
-    with the deviation `init_std`; the bias starts at zero.
+    Initialised by a truncated normal, std ``sqrt(init_scale / d_model)`` with 0.1 (section 2.4 of arXiv 2101.03961),
+    or by a normal with the deviation `init_std`; the bias starts at zero. `precision` "bfloat16" computes the logits,
+    and what follows from them, in bfloat16: the router that the source's Table 2 compares with, for experiments.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class LinearRouter(Router):
         *,
         jitter: float = 0.0,
         init_std: float | None = None,
+        init_scale: float = 0.1,
+        precision: Literal["float32", "bfloat16"] = "float32",
         offset: bool = False,
     ) -> None:
         super().__init__(d_model, num_experts)
@@ -90,14 +95,20 @@ class LinearRouter(Router):
             raise ValueError(f"jitter must be in [0, 1); got {jitter}")
         if init_std is not None and not (math.isfinite(init_std) and init_std > 0):
             raise ValueError(f"init_std must be a finite number > 0, or null for sqrt(0.1 / d_model); got {init_std}")
-        self.jitter, self.init_std = jitter, init_std
+        if not (math.isfinite(init_scale) and init_scale > 0):
+            raise ValueError(f"init_scale must be a finite number > 0; got {init_scale}")
+        if init_std is not None and init_scale != 0.1:
+            raise ValueError(f"init_scale={init_scale} does nothing beside init_std={init_std}: leave one of them out")
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
+        self.jitter, self.init_std, self.init_scale, self.precision = jitter, init_std, init_scale, precision
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.offset = nn.Parameter(torch.empty(num_experts)) if offset else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.init_std is None:
-            std = math.sqrt(0.1 / self.d_model)
+            std = math.sqrt(self.init_scale / self.d_model)
             nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         else:
             nn.init.normal_(self.weight, std=self.init_std)
@@ -106,8 +117,9 @@ class LinearRouter(Router):
 
     def logits(self, tokens: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
         """``x W^T`` of the tokens, jittered in training."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        with full_precision(tokens.device):
+            half = self.precision == "bfloat16"
+            x = tokens.to(torch.bfloat16 if half else torch.promote_types(tokens.dtype, torch.float32))
             if self.training and self.jitter:
                 # Out of place: the experts see the tokens without noise.
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -118,6 +130,12 @@ class LinearRouter(Router):
         """What losses read of the router itself, for `token_choice(..., extras=...)`: "rows" [E, D], its weights."""
         # A copy: FSDP frees the gathered parameter after forward, before a loss reads it.
         return {"rows": self.weight.clone()}
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Outside autocast; nothing at all where there is none, for its context costs as much as a small product."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def project(x: Float[Tensor, "G S D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "G S E"]:
@@ -158,14 +176,16 @@ def token_choice(
 ) -> Routing:
     """The record of a router where each token chooses K experts; padding is never chosen."""
     groups, size, k = expert.shape
-    token = torch.arange(size, device=expert.device).repeat_interleave(k).expand(groups, size * k)
+    token = torch.arange(size, device=expert.device)
+    if k > 1:
+        token = token.repeat_interleave(k)
     made = valid.unsqueeze(-1).expand_as(expert)
     if chosen is not None:
         made = made & chosen
     return Routing(
         logits=logits,
         probs=probs,
-        token=token,
+        token=token.expand(groups, size * k),
         expert=expert.reshape(groups, size * k),
         weight=weight.reshape(groups, size * k),
         chosen=made.reshape(groups, size * k),

@@ -28,15 +28,17 @@ class Switch(LinearRouter):
     `input_dropout` drops entries of it, `sample` draws the expert from ``softmax(logits / temperature)`` instead of
     taking the best. The paper found jitter best (its Table 11); all are off by default, as small models need none.
 
-    `init_std` draws the weights from a normal of that deviation; None: a truncated one, std ``sqrt(0.1 / d_model)``,
-    the paper's. `offset` adds a learned bias to the logits.
+    `init_std` draws the weights from a normal of that deviation; None: a truncated one, std ``sqrt(init_scale /
+    d_model)``, the paper's. `offset` adds a learned bias to the logits. `precision` "bfloat16" computes logits,
+    probabilities and the losses on them in bfloat16, as the paper's Table 2 does to show that it diverges; leave it at
+    "float32", whatever the trainer's precision is, unless that is the question.
 
     Elsewhere: t5x starts at a deviation of 0.02, Hugging Face at 1, where most tokens are certain from the start;
     labml's router has a bias.
 
     Raises:
         ValueError: jitter or input_dropout outside [0, 1), temperature not above 0, a temperature without sampling, an
-            init_std that is not a finite number above 0.
+            init_std or init_scale that is not a finite number above 0, both of them, another precision.
 
     Source: arXiv 2101.03961, equations 1 and 2 and appendix C.
     """
@@ -51,9 +53,19 @@ class Switch(LinearRouter):
         sample: bool = False,
         temperature: float = 1.0,
         init_std: float | None = None,
+        init_scale: float = 0.1,
+        precision: Literal["float32", "bfloat16"] = "float32",
         offset: bool = False,
     ) -> None:
-        super().__init__(d_model, num_experts, jitter=jitter, init_std=init_std, offset=offset)
+        super().__init__(
+            d_model,
+            num_experts,
+            jitter=jitter,
+            init_std=init_std,
+            init_scale=init_scale,
+            precision=precision,
+            offset=offset,
+        )
         if not 0 <= input_dropout < 1:
             raise ValueError(f"input_dropout must be in [0, 1); got {input_dropout}")
         if not 0 < temperature < float("inf"):

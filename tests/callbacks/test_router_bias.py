@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from small import NET, data, module, trainer, weights
 from torch import Tensor
 
@@ -167,25 +166,6 @@ def test_counts_of_half_a_step_are_in_the_checkpoint(tmp_path: Path) -> None:
     kept = checkpoints.read(tmp_path / "half.ckpt")["switchkit"]["step_counts"]
     assert torch.equal(kept[:, :-1], every[3])
     assert kept[:, -1].tolist() == [32, 32]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_reduction_per_step_for_all_layers(
-    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stands in for a second rank, all of whose tokens go to expert 1: its bias falls and the others rise."""
-    asked: list[tuple[Any, Any]] = []
-
-    def reduce(self: Any, counts: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        if counts.dim() != 2:  # Lightning's own
-            return counts
-        asked.append((tuple(counts.shape), reduce_op))
-        return counts + torch.tensor([0, 10_000, 0, 10_000])
-
-    monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
-    model = fit(tmp_path, UpdateRouterBias(0.25), steps=3, accumulate_grad_batches=accumulate)
-    assert asked == [((2, 4), "sum")] * 3
-    assert biases(model).tolist() == [[0.75, -0.75, 0.75]] * 2
 
 
 def test_layers_of_different_widths_ignore_the_filling() -> None:

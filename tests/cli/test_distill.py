@@ -22,12 +22,27 @@ SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--tra
 SHORT += ["--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false"]
 
 
+MADE: dict[str, bytes] = {}
+"""The checkpoints that many tests begin with, trained once."""
+
+
+def once(name: str, run, *more: str) -> Path:
+    """The last checkpoint of a run of the small recipe."""
+    path = Path(name) / "version_0" / "checkpoints" / "last.ckpt"
+    if name in MADE:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(MADE[name])
+        return path
+    code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", name, *more)
+    assert code == 0, err
+    MADE[name] = path.read_bytes()
+    return path
+
+
 @pytest.fixture
 def taught(folder, run) -> Path:
     """The checkpoint of a small mixture."""
-    code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "taught")
-    assert code == 0, err
-    return checkpoints.last(Path("taught"))
+    return once("taught", run)
 
 
 @pytest.fixture
@@ -219,10 +234,7 @@ def test_bad_words(taught, run, more, message):
 
 @pytest.fixture
 def dense(folder, run) -> Path:
-    more = ["--model.net.sparse", "[]", "--model.losses", "[]", "--trainer.default_root_dir", "dense"]
-    code, _, err = run("fit", "-c", "small.yaml", *more)
-    assert code == 0, err
-    return checkpoints.last(Path("dense"))
+    return once("dense", run, "--model.net.sparse", "[]", "--model.losses", "[]")
 
 
 def test_the_report(taught, distilled, dense, run):

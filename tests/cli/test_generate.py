@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from switchkit import CharTokenizer, Decoder, EncoderDecoder, LanguageModule, MoELayer, TopK
+from switchkit import CharTokenizer, Decoder, EncoderDecoder, Factor, LanguageModule, MoELayer, TopK
 from switchkit.data import ByteTokenizer
 from switchkit.data.encoded_pairs import prefixes_of
 
@@ -139,6 +139,95 @@ def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):
     assert len(generate(run, "--prompt", "abc", ckpt="wide.ckpt")) == 24
 
 
+def test_a_checkpoint_without_a_vocabulary_says_how_to_get_one(folder, run):
+    save("bare.ckpt", LanguageModule(NET, vocab_size=10))
+    code, out, err = run("generate", "--ckpt_path", "bare.ckpt", "--prompt", "abc")
+    assert (code, out) == (2, "")
+    assert "has no tokenizer, so it cannot read a prompt. Import it again with its tokenizer.json in the folder" in err
+
+
+PROMPTS = ["abc", "d e f", " gh", "a", "hhhh", "c", "ab", "b b"]
+
+
+@pytest.mark.parametrize("search", [["--temperature", "0"], ["--seed", "5"], ["--num_beams", "3"]])
+def test_a_batch_gives_each_prompt_the_text_it_has_alone(letters, pairs, run, monkeypatch, search):
+    """Eight prompts of six lengths, 3 at a time: the last batch has two. The same of an encoder-decoder's sources."""
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    for more in (["--max_new_tokens", "18"], ["--language", "fr", "--max_new_tokens", "12"]):
+        ckpt = "pairs.ckpt" if "--language" in more else "letters.ckpt"
+        alone = generate(run, "--prompt_file", "prompts.txt", *search, *more, ckpt=ckpt)
+        calls = count_calls(monkeypatch)
+        argv = ["generate", "--ckpt_path", ckpt, "--prompt_file", "prompts.txt", "--device", "cpu"]
+        code, out, err = run(*argv, *search, *more, "--batch_size", "3")
+        assert (code, out) == (0, alone)
+        assert "one prompt at a time" not in err
+        assert len(set(alone.splitlines())) > 4, "the prompt decides"
+        assert calls[0] == 3
+        assert len(calls) <= 3 * 18, "a call computes a token of all"
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each call of a model from now on."""
+    calls: list[int] = []
+    for kind in (Decoder, EncoderDecoder):
+        before = kind.forward
+
+        def counted(self: Any, tokens: Any, *rest: Any, before: Any = before, **more: Any) -> Any:
+            calls.append(len(tokens))
+            return before(self, tokens, *rest, **more)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return calls
+
+
+def test_where_a_batch_would_change_the_texts_each_is_made_alone(letters, folder, run, monkeypatch):
+    """A capacity that binds, also in an encoder; and a context that the longest prompt leaves."""
+    tight = partial(MoELayer, router=TopK, capacity=partial(Factor, train=0.5, eval=0.5))
+    save("tight.ckpt", LanguageModule(NET, moe=tight, tokenizer=LETTERS))
+    encoder = partial(EncoderDecoder, encoder_layers=2, decoder_sparse=[], **SIZES)
+    save("reads.ckpt", LanguageModule(encoder, moe=tight, tokenizer=ByteTokenizer()))
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    for ckpt, count, why in (
+        ("tight.ckpt", "4", "Factor limits the capacity in evaluation"),
+        ("reads.ckpt", "4", "Factor limits the capacity in evaluation"),
+        ("letters.ckpt", "21", "the longest prompt with its new tokens (25) does not fit into the context of 24"),
+    ):
+        argv = ["--prompt_file", "prompts.txt", "--temperature", "0", "--max_new_tokens", count]
+        alone = generate(run, *argv, ckpt=ckpt)
+        code, out, err = run("generate", "--ckpt_path", ckpt, "--device", "cpu", *argv, "--batch_size", "8")
+        assert (code, out) == (0, alone)
+        assert f"one prompt at a time, for a batch would change the texts: {why}" in err
+        assert err.count("one prompt at a time") == 1
+    Path("same.txt").write_text("abc\ndef\n")
+    argv = ["--prompt_file", "same.txt", "--temperature", "0", "--max_new_tokens", "40"]
+    alone = generate(run, *argv)
+    calls = count_calls(monkeypatch)
+    assert generate(run, *argv, "--batch_size", "2") == alone
+    assert set(calls) == {2}, "equally long prompts leave the context together"
+
+
+def test_a_batch_of_stdin_is_answered_when_it_is_whole(letters, run, monkeypatch):
+    stdin(monkeypatch, b"abc\nd\ne f\n\xff\n")
+    argv = ["--prompt_file", "-", "--json", "--batch_size", "2", "--max_new_tokens", "4"]
+    code, out, err = run("generate", "--ckpt_path", "letters.ckpt", *argv)
+    assert code == 2
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["abc", "d"]
+    assert "stdin, line 4 is not UTF-8" in err
+
+
+def test_a_text_ends_where_an_imported_model_says(letters, run):
+    """The vocabulary of letters has no end: each of two ids that the greedy text has cuts it short."""
+    ids = list(letters.generate(LETTERS.encode("abc"), 20, temperature=0))
+    first, second = dict.fromkeys(ids[1:]) if len(set(ids[1:])) == 2 else list(dict.fromkeys(ids[1:]))[:2]
+    content = torch.load("letters.ckpt", weights_only=True)
+    for ends in (second, [9, second], [second, first]):
+        content["switchkit"]["hugging_face"] = {"config": {"eos_token_id": ends}}
+        torch.save(content, "ends.ckpt")
+        stops = {ends} if isinstance(ends, int) else set(ends)
+        want = LETTERS.decode(ids[: min(i for i, token in enumerate(ids) if token in stops)])
+        assert generate(run, "--prompt", "abc", "--temperature", "0", ckpt="ends.ckpt") == f"abc{want}\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -152,6 +241,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):
         (["--prompt_file", "prompts.txt"], "prompts.txt, line 2: the character 'x'"),
         (["--prompt", "a", "--num_beams", "2", "--top_k", "3"], "searches and draws nothing: leave out --top_k, or"),
         (["--prompt", "a", "--length_penalty", "1"], "--length_penalty 1 needs beam search: give --num_beams 4"),
+        (["--prompt", "a", "--batch_size", "0"], "--batch_size: expected an integer of at least 1, got '0'"),
         (["--prompt", "a", "--num_beams", "0"], "--num_beams: expected an integer of at least 1, got '0'"),
         (["--prompt", "a", "--language", "de"], "--language de: this checkpoint was not trained to translate"),
     ],

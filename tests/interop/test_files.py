@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import small
@@ -14,6 +16,7 @@ from interop.zoo import V, far, our_logits, save, stored, their_logits
 
 from switchkit import Decoder, LanguageModule, checkpoints
 from switchkit.cli import main
+from switchkit.data import FileTokenizer
 from switchkit.interop import export_hf, import_hf
 from switchkit.interop.files import open_checkpoint, save_checkpoint
 from switchkit.layers import FeedForward
@@ -51,7 +54,7 @@ def test_there_and_back_by_the_commands(saved, tmp_path, capsys, name: str) -> N
 def test_half_precision_goes_through_a_checkpoint(tmp_path) -> None:
     one = save("deepseek_v3", tmp_path / "there", torch.bfloat16)
     save_checkpoint(import_hf(one.folder), tmp_path / "run.ckpt")
-    module, _ = open_checkpoint(tmp_path / "run.ckpt")
+    module = open_checkpoint(tmp_path / "run.ckpt")
     export_hf(module, tmp_path / "back")
     before, after = stored(one.folder), stored(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
@@ -153,9 +156,77 @@ def test_like_another_folder(saved, tmp_path, capsys) -> None:
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
 
-def test_transformers_is_not_imported() -> None:
-    from pathlib import Path
+ENDS = {"bos_token_id": 3, "eos_token_id": [4, 0], "pad_token_id": 0, "initializer_range": 0.125}
 
+
+@pytest.fixture
+def fine_tuned(saved, tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """Imports a llama of 40 words, trains it two steps, then two more, each with options; the last checkpoint."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved("llama").folder, "m")
+    config = json.loads(Path("m/config.json").read_text()) | ENDS
+    Path("m/config.json").write_text(json.dumps(config))
+    Path("m/generation_config.json").write_text(json.dumps({"eos_token_id": [4, 0, 7], "temperature": 0.5}))
+    words = {f"w{i}": i for i in range(V)}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.save("m/tokenizer.json")
+    Path("text.txt").write_text(" ".join(f"w{i * i % V}" for i in range(600)))
+
+    def train(*more: str) -> str:
+        run(capsys, "import-hf", "m", "--out", "run.ckpt")
+        usual = ["--data", "TextData", "--data.path", "text.txt", "--data.context", "8", "--data.batch_size", "2"]
+        usual += ["--trainer.accelerator", "cpu", "--trainer.num_sanity_val_steps", "0", *more]
+        for begin, steps in ((["--init_from", "run.ckpt"], "2"), (["--ckpt_path", "last"], "4")):
+            assert main(["fit", *begin, *usual, "--trainer.max_steps", steps]) == 0, capsys.readouterr().err
+        capsys.readouterr()
+        return str(checkpoints.last(Path("runs")))
+
+    return train
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> None:
+    path = fine_tuned()
+    assert checkpoints.read_settings(path)["step"] == 4
+    run(capsys, "export-hf", path, "--out", "back")
+    there, back = (json.loads(Path(folder, "config.json").read_text()) for folder in ("m", "back"))
+    assert {name: back[name] for name in ENDS} == ENDS
+    # But for the version that wrote it.
+    assert {k: v for k, v in back.items() if k in there} | {"transformers_version": there["transformers_version"]} == {
+        k: v for k, v in there.items() if k in back
+    }
+    generation = json.loads(Path("back/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [4, 0, 7]
+    assert LanguageModule.load_from_checkpoint(path).end_ids == (4, 0, 7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_another_vocabulary_has_other_ids(fine_tuned, capsys) -> None:
+    letters = json.dumps({"class_path": "CharTokenizer", "init_args": {"characters": "w 0123456789"}})
+    path = fine_tuned("--data.tokenizer", letters, "--model.vocab_size", str(V))
+    run(capsys, "export-hf", path, "--out", "back")
+    config = json.loads(Path("back/config.json").read_text())
+    assert [config[name] for name in ENDS] == [None, None, None, 0.125]
+    assert LanguageModule.load_from_checkpoint(path).end_ids == ()
+
+
+def test_without_an_import_the_ids_are_the_tokenizers(tmp_path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "<pad>": 2}, unk_token="a"))
+    own.save(str(tmp_path / "words.json"))
+    net = partial(
+        Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, sparse=[], norm="rms", context=8,
+        feed_forward=partial(FeedForward, gated=True, activation="silu"),
+    )  # fmt: skip
+    module = LanguageModule(net, tokenizer=FileTokenizer(str(tmp_path / "words.json")), losses=[])
+    export_hf(module, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 1, 2)
+
+
+def test_transformers_is_not_imported() -> None:
     import switchkit.interop
 
     files = list(Path(switchkit.interop.__file__).parent.rglob("*.py"))

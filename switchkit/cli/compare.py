@@ -1,0 +1,239 @@
+"""``switchkit compare``: train several recipes alike, and say what is more than chance."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from switchkit import __version__
+from switchkit.cli.errors import UserError, exit_code
+from switchkit.cli.options import OptionParser, number
+from switchkit.cli.plugins import split_plugins
+from switchkit.cli.reading import stops_cleanly
+from switchkit.compare.budget import Budget
+from switchkit.compare.definition import Definition, define
+from switchkit.compare.files import COLUMNS, cells, write_tables
+from switchkit.compare.folder import Folder, Result
+from switchkit.compare.live import Board
+from switchkit.compare.pictures import write_pictures
+from switchkit.compare.plan import Model, composed, model_of, reference, steps_of, takes_seed
+from switchkit.compare.runner import seconds_per_step, train
+from switchkit.compare.summary import pairs_of, rows_of, sentence
+from switchkit.report.plots import can_plot
+from switchkit.report.tables import console
+
+__all__ = ["run"]
+
+_POINTS = 20
+_REFUSED = {"seed_everything": "--seeds N trains seeds 0 to N - 1", "ckpt_path": "a comparison goes on by itself"}
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Train what a command line names, going on where an earlier call with the same one stopped."""
+    rest, plugins = split_plugins(argv)
+    own, edits = _split(rest)
+    asked = _parser(command).parse(own)
+    definition = define(asked.recipes)
+    budget = Budget.parse(asked.budget or definition.budget or "steps")
+    seeds = asked.seeds or definition.seeds or 3
+    folder = Folder(Path(asked.out or f"runs/compare/{definition.name}"))
+    before = folder.found()
+    again = f"switchkit compare {' '.join(argv)}"
+    try:
+        with stops_cleanly():
+            _compare(definition, budget, seeds, folder, before, asked, edits, plugins)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if type(stop).__name__ == "Stopped":
+            told = vars(stop)
+            print(f"switchkit: stopped by {told['signal']} after step {told['step']} of a run", file=sys.stderr)
+        print(f"switchkit: what is finished is in {folder.path}; go on with: {again}", file=sys.stderr)
+        return (
+            130 if isinstance(stop, KeyboardInterrupt) else stop.code if isinstance(stop.code, int) else exit_code(stop)
+        )
+    return 0
+
+
+def _compare(
+    definition: Definition,
+    budget: Budget,
+    seeds: int,
+    folder: Folder,
+    before: Mapping[str, Any] | None,
+    asked: Any,
+    edits: Sequence[tuple[str, str]],
+    plugins: Sequence[str],
+) -> None:
+    out = console()
+    trees = {entry.name: composed(entry, edits, plugins) for entry in definition.entries}
+    models = {name: model_of(name, tree) for name, tree in trees.items()}
+    twin = reference(definition, asked.twin, models)
+    wanted = {
+        "recipes": trees,
+        "budget": str(budget),
+        "every": asked.every,
+        "data": {n: m.data for n, m in models.items()},
+    }
+    plots = can_plot()
+    if not plots:
+        told = "no pictures will be drawn: pip install 'switchkit[plot]' for them; everything else is written"
+        out.print(told, markup=False, highlight=False)
+    if before is not None:
+        folder.same({key: before.get(key) for key in wanted}, wanted)
+        steps = before["steps"]
+    else:
+        seconds: dict[str, float] = {}
+        if budget.kind == "minutes":
+            seconds = {name: _measure(name, tree, models[name], out) for name, tree in trees.items()}
+        steps = steps_of(budget, trees, models, seconds)
+    with folder.locked():
+        if before is None:
+            if folder.found() is not None:
+                raise UserError(f"--out {folder.path}: another process began a comparison there meanwhile")
+            folder.begin({**wanted, "steps": steps, "switchkit": __version__})
+        notes = _notes(budget, seeds, steps, twin, models)
+        out.print(definition.title, style="bold", highlight=False)
+        for note in notes:
+            out.print(f"- {note}", highlight=False)
+        results = [r for s in range(seeds) for name in trees if (r := folder.result(name, s)) is not None]
+        with Board(out, [(name, seed, steps[name]) for seed in range(seeds) for name in trees], results) as board:
+            for seed in range(seeds):
+                for name, tree in trees.items():
+                    if folder.result(name, seed) is not None:
+                        continue
+                    result = train(
+                        folder,
+                        name,
+                        seed,
+                        models[name],
+                        steps=steps[name],
+                        every=asked.every or max(1, math.ceil(steps[name] / _POINTS)),
+                        seconds=60 * float(budget.value or 0) if budget.kind == "minutes" else None,
+                        seeded=_seeded(tree, models[name]),
+                        show=board.show(name, seed),
+                    )
+                    folder.keep(result)
+                    board.ended(result)
+                    results.append(result)
+                    # Pictures take as long as many steps: with the last run of a seed, when all can be compared.
+                    complete = name == list(trees)[-1]
+                    _write(folder, trees, results, twin, definition.title, notes, plots and complete)
+        results = _write(folder, trees, results, twin, definition.title, notes, plots)
+    _tell(out, results, twin, folder.path)
+
+
+def _measure(name: str, tree: Mapping[str, Any], model: Model, out: Any) -> float:
+    """Seconds of a step."""
+    import tempfile
+
+    import yaml
+
+    with tempfile.TemporaryDirectory() as place:
+        recipe = Path(place) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), "utf-8")
+        seconds = seconds_per_step(recipe, _seeded(tree, model))
+    out.print(f"{name}: {1000 * seconds:.1f} ms a step", highlight=False)
+    return seconds
+
+
+def _seeded(tree: Mapping[str, Any], model: Model) -> bool:
+    """Whether the data's order follows the seed: not where it would make up another text."""
+    return takes_seed(tree) and not model.generated
+
+
+def _write(
+    folder: Folder,
+    trees: Mapping[str, Any],
+    results: Sequence[Result],
+    twin: str,
+    title: str,
+    notes: Sequence[str],
+    plots: bool,
+) -> list[Result]:
+    """The files of the results so far, run by run; returns them in that order."""
+    order = list(trees)
+    found = sorted(results, key=lambda result: (order.index(result.run), result.seed))
+    if plots:
+        write_pictures(folder.path, found, twin, title)
+    write_tables(folder.path, found, twin, title, notes)
+    return found
+
+
+def _notes(budget: Budget, seeds: int, steps: Mapping[str, int], twin: str, models: Mapping[str, Model]) -> list[str]:
+    every = set(steps.values())
+    told = (
+        f"{every.pop():,} steps"
+        if len(every) == 1
+        else ", ".join(f"{name} {n:,}" for name, n in steps.items()) + " steps"
+    )
+    texts = list(dict.fromkeys(model.data for model in models.values()))
+    notes = [
+        f"{seeds} seed{'s' * (seeds > 1)}, budget {budget}: {told} for a run; "
+        "runs of one seed read the same data in the same order",
+        f"data: {'; '.join(texts)}",
+        "held-out loss: nats per token over the whole held-out text, last weights; ±: standard deviation over seeds",
+        f"faster in steps or time: to the last loss of the curve of {twin}",
+        "dropped: share of all assignments in training; imbalance: largest over mean load of the worst layer, held out",
+        f"switchkit {__version__}, torch {torch.__version__}",
+    ]
+    if len(texts) > 1:
+        notes.insert(
+            2, "the runs read different data: their losses compare only where the held-out tokens are the same"
+        )
+    return notes
+
+
+def _tell(out: Any, results: Sequence[Result], twin: str, path: Path) -> None:
+    # A file has no width of its own, and a table that is cut says nothing.
+    out = out if out.is_terminal else Console(width=170)
+    table = Table(title="Result", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
+    for row in rows_of(results, twin):
+        table.add_row(*cells(row))
+    out.print(table)
+    out.print(sentence(pairs_of(results), twin), highlight=False)
+    out.print(f"written to {path}: README.md, runs.csv, curves.csv, differences.csv", highlight=False, soft_wrap=True)
+
+
+def _parser(command: str) -> OptionParser:
+    parser = OptionParser(command, "Train several recipes alike, seed by seed, and say which differences are chance.")
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipes, or one comparison; files or names")
+    whole = number(int, "a number from 1 up", lambda n: n >= 1)
+    parser.add_argument("--seeds", type=whole, help="seeds 0 to N - 1 (default: the comparison's, else 3)")
+    parser.add_argument("--budget", help="steps[=N], flops[=X] or minutes=M (default: the comparison's, else steps)")
+    parser.add_argument("--out", help="the folder (default: runs/compare/NAME); the same command goes on in it")
+    parser.add_argument("--twin", help="the run that speed-ups are against (default: the first without sparse layers)")
+    parser.add_argument("--every", type=whole, help="steps between two points of a curve (default: 20 points)")
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The command's own words, and the settings for all runs: ``--trainer.max_steps 20`` as ``fit`` takes it."""
+    own: list[str] = []
+    edits: list[tuple[str, str]] = []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        position += 1
+        name, given, value = argument.partition("=")
+        key = name[2:]
+        if name.startswith("--") and key in _REFUSED:
+            raise UserError(f"compare: {name}: {_REFUSED[key]}")
+        if name in ("-c", "--config"):
+            raise UserError(f"compare: {name}: recipes are given without it: switchkit compare A B")
+        if not (name.startswith("--") and ("." in key or key in ("init_from", "keep_memory"))):
+            own.append(argument)
+            continue
+        if not given:
+            if position == len(argv) or argv[position].startswith("--"):
+                raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
+            value, position = argv[position], position + 1
+        edits.append((key, value))
+    return own, edits

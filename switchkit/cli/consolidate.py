@@ -1,0 +1,37 @@
+"""The command that makes one file of a sharded checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from switchkit.cli.checkpoint import checkpoint_path
+from switchkit.cli.errors import UserError
+from switchkit.cli.options import OptionParser
+
+__all__ = ["run"]
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run ``switchkit consolidate``."""
+    parser = OptionParser(command, "Make one file of a checkpoint, whatever number of devices wrote it.")
+    parser.add_argument("checkpoint", help="a folder NAME.ckpt; a single file passes through")
+    parser.add_argument("--out", required=True, help="the file to write; it must not exist")
+    given = parser.parse(argv)
+    source, target = checkpoint_path(given.checkpoint, "runs", "checkpoint"), Path(given.out).expanduser()
+    if target.exists():
+        raise UserError(f"--out {given.out} is there already: name a new file, or remove it first")
+    if not target.parent.is_dir():
+        raise UserError(f"--out {given.out}: there is no folder {target.parent}: create it first")
+
+    from switchkit import checkpoints
+
+    content = checkpoints.read(source)
+    writer = checkpoints.AtomicCheckpointIO()
+    try:
+        writer.save_checkpoint(content, target)
+    finally:
+        writer.teardown()
+    tensors = len(content["state_dict"])
+    print(f"{target}: step {content['global_step']}, {tensors} tensors of the model, {target.stat().st_size:,} bytes")
+    return 0

@@ -1,0 +1,100 @@
+"""What the commands share that make a checkpoint of another one."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkit.cli.errors import UserError
+from switchkit.cli.options import OptionParser
+from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+
+if TYPE_CHECKING:
+    from switchkit.module import LanguageModule
+
+__all__ = ["Conversion", "conversion_parser", "new_file", "parsed", "say"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that was read, and where another one made of it goes."""
+
+    path: Path
+    out: Path
+    module: LanguageModule
+    data: dict[str, Any] | None
+    source: dict[str, Any] | None
+
+    @classmethod
+    def begin(cls, options: Namespace) -> Conversion:
+        """Read what the command line names.
+
+        Raises:
+            UserError, ValueError: it cannot be read, or the file to write is there already.
+        """
+        out = new_file(options.out)
+        load_entry_points()
+        import_plugins(options.plugins or [], "--plugins")
+
+        from switchkit import checkpoints
+        from switchkit.interop.files import open_checkpoint
+
+        path = Path(options.checkpoint).expanduser()
+        if options.checkpoint == "last":
+            path = checkpoints.last(Path(options.default_root_dir))
+        module = open_checkpoint(path)
+        settings = checkpoints.read_settings(path)
+        return cls(path, out, module, settings["data"], settings["source"])
+
+    @property
+    def go_on(self) -> str:
+        """The command that trains what was made, on the data that the checkpoint belongs to."""
+        data = "" if self.data is not None else " --data TextData --data.path FILE"
+        return f"switchkit fit --ckpt_path {self.out}{data} --trainer.max_steps 1000"
+
+    def save(self, module: LanguageModule) -> None:
+        """Write a model with the tokenizer, the data settings and the source of the one that was read."""
+        from switchkit.interop.files import save_checkpoint
+
+        save_checkpoint(module, self.out, data=self.data, source=self.source)
+
+
+def conversion_parser(command: str, description: str) -> OptionParser:
+    """A parser with the options that all of these commands have."""
+    parser = OptionParser(command, description)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a checkpoint, or 'last': the newest of --default_root_dir")
+    add("--out", required=True, metavar="PATH", help="the checkpoint to write, such as made.ckpt")
+    add("--default_root_dir", default="runs", metavar="DIR", help="where 'last' is looked for (default: %(default)s)")
+    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    return parser
+
+
+def parsed(parser: OptionParser, argv: Sequence[str]) -> Namespace:
+    """The options of `argv`, in which ``--plugins a b`` may stand anywhere."""
+    rest, plugins = split_plugins(argv)
+    options = parser.parse(rest)
+    options.plugins = plugins
+    return options
+
+
+def new_file(given: str) -> Path:
+    """The path of ``--out``.
+
+    Raises:
+        UserError: it is there already, or its folder is not.
+    """
+    out = Path(given).expanduser()
+    if out.exists():
+        raise UserError(f"--out {given}: it is there already: name another file, or remove it first")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {given}: there is no folder {str(out.parent)!r}: create it first")
+    return out
+
+
+def say(text: str) -> None:
+    print(f"switchkit: {text}", file=sys.stderr)

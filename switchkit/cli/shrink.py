@@ -1,0 +1,119 @@
+"""``switchkit prune``, ``merge`` and ``to-dense``: a checkpoint with fewer experts, down to none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
+from switchkit.cli.errors import UserError
+from switchkit.cli.options import OptionParser, number
+
+if TYPE_CHECKING:
+    from switchkit.convert.measuring import Measured
+    from switchkit.module import LanguageModule
+
+__all__ = ["run"]
+
+ABOUT = {
+    "prune": "Drop the experts of each sparse layer that are used least, and their rows of the router.",
+    "merge": "Merge the experts of each sparse layer that the router scores alike (arXiv 2310.01334).",
+    "to-dense": "Make a dense checkpoint: one feed-forward layer as wide as an expert stands where each mixture stood, "
+    "made of its experts.",
+}
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Write the checkpoint, and show parameters and held-out loss before and after."""
+    options = parsed(_parser(command), argv)
+    if options.no_data and getattr(options, "by", None) in ("usage", "weight"):
+        raise UserError(f"--by {options.by} is measured on data: leave --no_data out, or take --by similarity")
+    work = Conversion.begin(options)
+
+    from switchkit.convert import shrinking
+    from switchkit.convert.measuring import assumed, measure
+
+    batches = None if options.no_data else _batches(work, options.plugins)
+    if batches is None and getattr(options, "by", None) in ("usage", "weight"):
+        raise UserError(f"{work.path} belongs to no data to measure --by {options.by} on: take --by similarity")
+    if batches is None:
+        say("nothing was measured: all experts count alike")
+    found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
+    if command == "prune":
+        made = shrinking.prune(work.module, options.keep, found, by=options.by)
+    elif command == "merge":
+        made = shrinking.merge_experts(work.module, options.experts, found, how=options.how)
+    else:
+        made = shrinking.to_dense(work.module, found, how=options.how)
+    after = None
+    if batches is not None:
+        after = measure(made, batches, limit=options.batches)
+        if made.sparse_layers and shrinking.rescale(made, found, after):
+            after = measure(made, batches, limit=options.batches)
+    work.save(made)
+    _show(command, work, made, found, after)
+    say(f"the optimizer starts afresh. Go on with: {work.go_on}")
+    return 0
+
+
+def _parser(command: str) -> OptionParser:
+    from switchkit.convert.merging import How
+    from switchkit.convert.shrinking import By
+
+    parser = conversion_parser(
+        command,
+        f"{ABOUT[command]} What the experts are used for is measured on the held-out data of the checkpoint. The "
+        "optimizer's state is left behind.",
+    )
+    add = parser.add_argument
+    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+    if command == "prune":
+        add("--keep", type=positive, required=True, metavar="N", help="experts of each layer that stay")
+        add(
+            "--by",
+            choices=get_args(By),
+            default="usage",
+            help="which stay: the most used, those of the largest sum of weights, "
+            "or the least alike (default: %(default)s)",
+        )
+    else:
+        if command == "merge":
+            add("--experts", type=positive, required=True, metavar="N", help="experts that each layer is left with")
+        add(
+            "--how",
+            choices=get_args(How),
+            default="aligned",
+            help="a mean, one weighted by usage, the most used one, or the weighted mean once hidden units are aligned "
+            "(needs scipy) (default: %(default)s)",
+        )
+    add("--batches", type=positive, default=50, metavar="N", help="of held-out data to measure (default: %(default)s)")
+    add("--no_data", action="store_true", help="measure nothing, and count all experts alike")
+    return parser
+
+
+def _batches(work: Conversion, plugins: Sequence[str]) -> Any:
+    """The held-out data of the checkpoint; null: it has none."""
+    if work.data is None:
+        return None
+
+    from switchkit.cli.lightning import ModelOnly
+
+    more = ["--plugins", *plugins] if plugins else []
+    try:
+        data = ModelOnly(["--ckpt_path", str(work.path), *more]).datamodule
+        data.prepare_data()
+        data.setup("validate")
+        return data.val_dataloader()
+    except (ValueError, OSError) as error:
+        raise UserError(f"the data of {work.path}: {error}. --no_data goes on without them") from error
+
+
+def _show(command: str, work: Conversion, made: LanguageModule, found: Measured, after: Measured | None) -> None:
+    from switchkit.report.tables import console, rows_table
+
+    before, now = (sum(p.numel() for p in module.parameters()) for module in (work.module, made))
+    rows = [("parameters", f"{before:,} -> {now:,} ({now / before:.1%})")]
+    if after is not None:
+        rows.append(("held-out loss", f"{found.loss:.4f} -> {after.loss:.4f} nats per token"))
+    rows += [(f"used {use.layer}", " ".join(f"{share:.0%}" for share in use.share.tolist())) for use in found.layers]
+    console().print(rows_table(f"{command}: {work.path} -> {work.out}", [*rows, ("checkpoint", str(work.out))]))

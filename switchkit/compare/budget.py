@@ -1,0 +1,102 @@
+"""How long each run of a comparison trains: so many steps, FLOPs, or minutes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from switchkit.cli.errors import UserError
+from switchkit.compare.arithmetic import steps_within
+
+__all__ = ["MARGIN", "Budget", "Cost"]
+
+MARGIN = 0.95
+"""Part of the minutes that the schedule is planned for, so that a machine a little slower than measured ends it too."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a model costs."""
+
+    tokens: int
+    """Real and padded targets of an optimizer step."""
+    flops: int
+    """Forward and backward: three times the forward count."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run of a comparison may spend.
+
+    `value` None means what the first run's ``trainer.max_steps`` cost.
+    """
+
+    kind: Literal["steps", "flops", "minutes"]
+    value: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``steps``, ``steps=1200``, ``flops``, ``flops=1e13`` or ``minutes=5``.
+
+        Raises:
+            UserError: anything else.
+        """
+        kind, given, number = str(text).partition("=")
+        accepted = "steps, steps=N, flops, flops=X or minutes=M"
+        if kind not in ("steps", "flops", "minutes"):
+            raise UserError(f"--budget {text}: expected {accepted}")
+        if not given:
+            if kind == "minutes":
+                raise UserError("--budget minutes: say how many, for instance --budget minutes=5")
+            return cls(kind)  # type: ignore[arg-type]
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0) or (kind == "steps" and value != int(value)):
+            what = "a whole number of steps" if kind == "steps" else "a number"
+            raise UserError(f"--budget {text}: expected {what} above 0 after the =, got {number!r}")
+        return cls(kind, value)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+
+    def steps(
+        self, costs: Mapping[str, Cost], first_steps: int | None, seconds_per_step: Mapping[str, float]
+    ) -> dict[str, int]:
+        """Steps of each run.
+
+        Args:
+            costs: of the runs, in order.
+            first_steps: the first run's ``trainer.max_steps``; None: it has none.
+            seconds_per_step: as measured, for `minutes`.
+
+        Raises:
+            UserError: no number of steps to go by, or a run that the budget allows no step.
+        """
+        first = next(iter(costs))
+        if self.value is None and not first_steps:
+            raise UserError(
+                f"--budget {self}: {first} sets no trainer.max_steps to go by; give --budget {self.kind}=NUMBER"
+            )
+        if self.kind == "steps":
+            found = dict.fromkeys(costs, int(self.value or first_steps or 0))
+        elif self.kind == "flops":
+            budget = int(self.value) if self.value is not None else costs[first].flops * int(first_steps or 0)
+            found = {name: steps_within(budget, cost.flops) for name, cost in costs.items()}
+        else:
+            limit = 60 * float(self.value or 0) * MARGIN
+            found = {name: int(limit / seconds_per_step[name]) for name in costs}
+        short = [name for name, steps in found.items() if steps < 1]
+        if short:
+            need = max(
+                (costs[name].flops if self.kind == "flops" else seconds_per_step.get(name, 0) / 60 / MARGIN)
+                for name in short
+            )
+            raise UserError(
+                f"--budget {self}: too little for a single step of {', '.join(short)}; "
+                f"one step takes {need:.3g} {self.kind}: give more"
+            )
+        return found

@@ -1,0 +1,276 @@
+"""A sparse model with fewer experts, down to one in each layer, which is a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from switchkit.convert.measuring import ExpertUse, Measured
+from switchkit.convert.merging import How, check_how, feed_forward_of, merge, stack_of
+from switchkit.convert.rebuilding import moe_layers, net_arguments, rebuilt
+from switchkit.experts.shared import Shared
+from switchkit.layers import FeedForward, MoELayer
+from switchkit.models import Decoder, EncoderDecoder
+from switchkit.module import LanguageModule
+from switchkit.spec import describe
+
+__all__ = ["By", "groups_of", "kept_experts", "merge_experts", "prune", "rescale", "to_dense"]
+
+By = Literal["usage", "weight", "similarity"]
+
+PER_EXPERT = frozenset(("weight", "offset", "noise_weight", "bias", "embedding"))
+"""State of a router with a row, or a number, for each expert."""
+OF_EXPERTS = frozenset(("num_experts", "expert_d_ff", "allow_leak"))
+"""Arguments of a model that a dense one has no use for."""
+SHARED = frozenset(("projection", "log_temperature"))
+"""State of a router that all experts share."""
+
+
+def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "usage") -> LanguageModule:
+    """The model with `keep` experts of each sparse layer, in their old order; the others go with their router rows.
+
+    What the router's probabilities gave to those that went is shared out by its softmax among those that stay. Where no
+    token was sent to what went, and the weights of a token sum to one, the model computes what it did.
+
+    Args:
+        module: stays as it is.
+        keep: experts of each layer that stay, at least the router's k.
+        measured: what the experts are used for, see `switchkit.convert.measuring`.
+        by: which stay, see `kept_experts`.
+
+    Raises:
+        ValueError: `keep` out of range, another word for `by`, a router or experts that no expert can be taken out of.
+    """
+    if by not in get_args(By):
+        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
+
+    def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        stays = torch.tensor(kept_experts(use, keep, by))
+        stack = {name: tensor[stays.to(tensor.device)] for name, tensor in stack_of(layer.experts).items()}
+        rows = {name: tensor[stays.to(tensor.device)] for name, tensor in _router_rows(layer).items()}
+        return stack, rows
+
+    return _shrunk(module, keep, measured, chosen)
+
+
+def kept_experts(use: ExpertUse, keep: int, by: By = "usage") -> list[int]:
+    """The experts of a layer that stay, in their old order.
+
+    "usage": those with the most assignments; "weight": those whose outputs came back with the largest sum of weights
+    (arXiv 2206.00277 drops by either); "similarity": of the two that are most alike the less used goes, again and
+    again, which a router's rows can tell without data (`switchkit.convert.measuring.assumed`).
+    """
+    if by != "similarity":
+        score = use.load if by == "usage" else use.weight
+        return sorted(score.argsort(descending=True, stable=True)[:keep].tolist())
+    left = list(range(len(use.load)))
+    while len(left) > keep:
+        _, a, b = max((float(use.alike[a, b]), a, b) for i, a in enumerate(left) for b in left[i + 1 :])
+        left.remove(a if use.load[a] < use.load[b] else b)
+    return left
+
+
+def merge_experts(
+    module: LanguageModule, num_experts: int, measured: Measured, *, how: How = "aligned"
+) -> LanguageModule:
+    """The model with the experts of each sparse layer merged into `num_experts`.
+
+    The most used experts lead the groups, and every other joins the leader that the router scores most like it
+    (`groups_of`). A group becomes one expert by `switchkit.convert.merging.merge`, and its rows of the router become
+    their mean weighted by usage: where all of a group are alike, that is the row of each. The softmax then counts once
+    what it counted as often as the group has members; where its probabilities are the weights, see `rescale`.
+
+    Args:
+        module: stays as it is.
+        num_experts: experts that each layer is left with, at least the router's k.
+        measured: what the experts are used for, see `switchkit.convert.measuring`.
+        how: see `merge`; hidden units are aligned first by default.
+
+    Raises:
+        ValueError: a number out of range, a router or experts that cannot be merged.
+        ImportError: "aligned" without SciPy.
+
+    Source: arXiv 2310.01334 (MC-SMoE), section 3.1, which keeps the old router and sends a group to its one expert.
+    """
+
+    check_how(how)
+
+    def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        group = groups_of(use.alike, use.load, num_experts)
+        stack, rows = stack_of(layer.experts), _router_rows(layer)
+        made: list[dict[str, Tensor]] = []
+        turned: dict[str, list[Tensor]] = {name: [] for name in rows}
+        for number in range(num_experts):
+            members = (group == number).nonzero().flatten()
+            used = use.load[members]
+            # Experts of no use at all weigh alike.
+            used = used if float(used.sum()) else torch.ones_like(used)
+            made.append(merge({n: t[members.to(t.device)] for n, t in stack.items()}, how, usage=used))
+            share = used / used.sum()
+            for name, tensor in rows.items():
+                mean = torch.tensordot(share.to(tensor.device), tensor[members.to(tensor.device)].double(), 1)
+                turned[name].append(mean.to(tensor.dtype))
+        merged = {name: torch.stack([one[name] for one in made]) for name in stack}
+        return merged, {name: torch.stack(tensors) for name, tensors in turned.items()}
+
+    return _shrunk(module, num_experts, measured, chosen)
+
+
+def groups_of(alike: Float[Tensor, "E E"], usage: Float[Tensor, "E"], count: int) -> Int[Tensor, "E"]:
+    """The group of each expert: the `count` most used lead, in the order of their numbers, and others join the most
+    alike of them."""
+    leaders = usage.argsort(descending=True, stable=True)[:count].sort().values
+    group = alike[:, leaders].argmax(-1)
+    group[leaders] = torch.arange(count)
+    return group
+
+
+@torch.no_grad()
+def rescale(module: LanguageModule, before: Measured, after: Measured) -> bool:
+    """Multiply the routed experts' outputs so that a token's weights come to what they did; whether any changed.
+
+    Fewer experts have larger probabilities each. Where these are the weights (`switch`), experts that learned to be
+    multiplied by less would be too loud. Weights that sum to one did and do, and nothing changes.
+
+    Args:
+        module: what `prune` or `merge_experts` made; it is changed in place.
+        before: measured of the model that it was made of.
+        after: measured of `module`, on the same data.
+    """
+    changed = False
+    for layer, old, new in zip(moe_layers(module).values(), before.layers, after.layers, strict=True):
+        factor = old.gate / new.gate if new.gate else 1.0
+        if abs(factor - 1) > 1e-6:
+            changed = True
+            routed = layer.experts.routed if isinstance(layer.experts, Shared) else layer.experts
+            for name, weight in routed.named_parameters():
+                if name in ("w2", "b2"):
+                    weight.mul_(factor)
+    return changed
+
+
+def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned") -> LanguageModule:
+    """The dense model with one feed-forward layer, as wide as one expert, in place of each mixture.
+
+    Its weights are those of the experts put together by `how`, and w2 is multiplied by what the router's weights come
+    to on average (see `switchkit.convert.merging.feed_forward_of`). All else is copied. It computes what the mixture
+    did only where all experts of a layer are the same: the loss rises, and training on brings it down again.
+
+    Raises:
+        ValueError: experts that no dense layer expresses, sparse attention, dense layers of another kind beside them, a
+            model that is dense already.
+        ImportError: "aligned" without SciPy.
+    """
+    arguments = net_arguments(module)
+    layers = _layers(module)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    widths: dict[str, int] = {}
+    kinds: set[tuple[Any, bool]] = set()
+    for (name, layer), use in zip(layers.items(), measured.layers, strict=True):
+        weights = feed_forward_of(layer, how, usage=use.load, gate=use.gate)
+        for key in [key for key in state if key.startswith(f"net.{name}.")]:
+            del state[key]
+        state |= {f"net.{name}.{key}": tensor for key, tensor in weights.items()}
+        widths[name] = len(weights["up.weight"])
+        routed = layer.experts.routed if isinstance(layer.experts, Shared) else layer.experts
+        kinds.add((routed.activation, "gate.weight" in weights))
+    for part in module.net.modules():
+        if isinstance(part, FeedForward):
+            kinds.add((part.activation, part.gate is not None))
+    if len(kinds) > 1:
+        told = ", ".join(sorted(f"{activation}{' gated' if gated else ''}" for activation, gated in kinds))
+        raise ValueError(f"the experts and the dense layers beside them are of several kinds ({told}): a model has one")
+    ((activation, gated),) = kinds
+    known = (arguments.get("feed_forward") or {}).get("init_args") or {}
+    feed_forward = describe(FeedForward)
+    feed_forward["init_args"] = {**known, "activation": activation, "gated": gated}
+    net = {
+        **{
+            name: value for name, value in arguments.items() if name not in ("num_experts", "expert_d_ff", "allow_leak")
+        },
+        **{"sparse": [], "feed_forward": feed_forward},
+        **_widths(module, widths),
+    }
+    if isinstance(module.net, EncoderDecoder):
+        net["decoder_sparse"] = []
+    made = rebuilt(module, net, moe=None, losses=[])
+    made.load_state_dict(state, assign=True)
+    return made
+
+
+def _layers(module: LanguageModule) -> dict[str, MoELayer]:
+    """The sparse layers, all of them in place of feed-forward layers; or a ValueError."""
+    layers = moe_layers(module)
+    if not layers:
+        raise ValueError("the model is dense already: it has no experts to prune, merge or replace")
+    for name in layers:
+        if not name.endswith(".mlp"):
+            raise ValueError(
+                f"{name} is sparse attention, whose experts this cannot take out: only feed-forward layers"
+            )
+    return layers
+
+
+def _widths(module: LanguageModule, new: Mapping[str, int]) -> dict[str, Any]:
+    """`d_ff`, and `decoder_d_ff`, of the dense model."""
+    net = module.net
+    if isinstance(net, EncoderDecoder):
+        stacks = [("encoder.", "d_ff", net.encoder_d_ff), ("decoder.", "decoder_d_ff", net.decoder_d_ff)]
+    else:
+        assert isinstance(net, Decoder)
+        stacks = [("", "d_ff", net.d_ff)]
+    return {
+        name: [new.get(f"{where}blocks.{index}.mlp", wide) for index, wide in enumerate(widths)]
+        for where, name, widths in stacks
+    }
+
+
+def _router_rows(layer: MoELayer) -> dict[str, Tensor]:
+    """What a router holds for each expert; or a ValueError."""
+    found = {}
+    for name, tensor in layer.router.state_dict().items():
+        if name in PER_EXPERT and tensor.shape[:1] == (layer.num_experts,):
+            found[name] = tensor
+        elif name not in SHARED:
+            raise ValueError(
+                f"the router {type(layer.router).__name__} holds {name!r}, which cannot be told apart by expert: "
+                "no expert can be taken out of it"
+            )
+    return found
+
+
+def _shrunk(
+    module: LanguageModule,
+    count: int,
+    measured: Measured,
+    chosen: Callable[[MoELayer, ExpertUse], tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> LanguageModule:
+    """The model with `count` experts in each sparse layer, the stack and the router's rows as `chosen` gives them."""
+    arguments = net_arguments(module)
+    layers = _layers(module)
+    for name, layer in layers.items():
+        if not layer.router.k <= count < layer.num_experts:
+            raise ValueError(
+                f"{count} experts cannot be left of the {layer.num_experts} of {name}: at least {layer.router.k}, "
+                f"which a token is sent to, and at most {layer.num_experts - 1}"
+            )
+    if len({layer.d_ff for layer in layers.values()}) > 1:
+        raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for (name, layer), use in zip(layers.items(), measured.layers, strict=True):
+        stack, rows = chosen(layer, use)
+        inner = "experts.routed" if isinstance(layer.experts, Shared) else "experts"
+        state |= {f"net.{name}.{inner}.{key}": tensor for key, tensor in stack.items()}
+        state |= {f"net.{name}.router.{key}": tensor for key, tensor in rows.items()}
+    width = next(iter(layers.values())).d_ff
+    moe = module.spec["init_args"]["moe"]
+    if moe is not None:
+        # The pieces of what was cut finer are experts like others now.
+        moe = {**moe, "init_args": {**(moe["init_args"] or {}), "granularity": 1}}
+    made = rebuilt(module, {**arguments, "num_experts": count, "expert_d_ff": width}, moe=moe)
+    made.load_state_dict(state, assign=True)
+    return made

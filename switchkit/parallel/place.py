@@ -1,0 +1,36 @@
+"""Whole tensors into sharded ones, without communication: each process takes its part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+__all__ = ["part_like", "state_like"]
+
+
+def part_like(whole: Tensor, like: DTensor) -> DTensor:
+    """The whole tensor, sharded as `like` is; its dtype stays."""
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    part = whole
+    for dimension, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        # A process beyond the last row has none.
+        part = part.narrow(dimension, min(start, part.shape[dimension]), size)
+    local = part.contiguous().clone().to(like.device)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def state_like(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A state_dict with whole tensors where `module` has sharded parameters: each process's part of them."""
+    own = {name: parameter for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
+    found = dict(state)
+    for name, parameter in own.items():
+        value = state.get(name)
+        if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
+            found[name] = part_like(value, parameter)
+    return found

@@ -1,0 +1,104 @@
+"""What an optimizer step is made of: micro-batches on one device or several, and what each of them weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["MicroBatch", "Seen", "gradient_scale", "weighted_means"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Counts of one micro-batch."""
+
+    targets: Int[Tensor, ""]
+    """Real targets: what the cross-entropy is a mean over."""
+    load: Int[Tensor, "L E"]
+    """Chosen assignments."""
+    tokens: Int[Tensor, "L"]
+    """Real tokens."""
+    bad: Int[Tensor, "L"]
+    """Tokens that a router could not score."""
+    broken: Int[Tensor, ""]
+    """1: the cross-entropy is not finite."""
+
+    def everywhere(self) -> Seen:
+        """The sums over all devices: one all-reduce, which every device takes part in."""
+        layers, experts = self.load.shape
+        parts = (self.targets.view(1), self.broken.view(1), self.load.flatten(), self.tokens, self.bad)
+        every = torch.cat([part.long() for part in parts])
+        dist.all_reduce(every)
+        sizes = [1, 1, layers * experts, layers, layers]
+        targets, broken, load, tokens, bad = every.split_with_sizes(sizes)
+        return Seen(targets.view(()), load.view(layers, experts), tokens, bad, broken.view(()))
+
+    def counts(self) -> Int[Tensor, "L columns"]:
+        """`load`, and `tokens` as one more column: what adds up over the micro-batches of a step."""
+        return torch.cat([self.load, self.tokens.unsqueeze(-1)], dim=-1)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of a step: what this device saw, what all devices saw, and the values to log.
+
+    A step's loss is the mean of its micro-batches' losses, weighted by their real targets, so that its cross-entropy is
+    the mean over all real targets of the step, on every device. Within a micro-batch the terms on the routing records
+    are means over the devices, weighted by the tokens that the routers of each saw.
+    """
+
+    own: Seen
+    every: Seen
+    devices: int = 1
+    values: Mapping[str, Tensor] | None = None
+
+    def weights(self, first: MicroBatch | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]] | None:
+        """What to multiply the cross-entropy of this device, and the terms of this device, with; None: nothing.
+
+        The gradient is the mean over devices afterwards, as DDP and FSDP take it. `first` is the first micro-batch of
+        the step, if this is another one: weights are relative to it, and `gradient_scale` puts that right in the end,
+        when the targets of all are known.
+        """
+        if self.devices == 1 and first is None:
+            return None
+        entropy = self.devices * _share(self.own.targets, self.every.targets)
+        terms = self.devices * _share(self.own.tokens.sum(), self.every.tokens.sum())
+        if first is not None:
+            among = _share(self.every.targets, first.every.targets)
+            entropy, terms = entropy * among, terms * among
+        return entropy, terms
+
+    def with_values(self, values: Mapping[str, Tensor]) -> MicroBatch:
+        """With what is logged of it: means over its targets on this device, detached."""
+        return replace(self, values={name: value.detach() for name, value in values.items()})
+
+
+def gradient_scale(batches: Sequence[MicroBatch], accumulate: int) -> Float[Tensor, ""]:
+    """What the gradient of a step has to be multiplied with, where each loss was divided by `accumulate`.
+
+    1 where all micro-batches have as many targets. A step that the end of an epoch cut short is made whole too.
+    """
+    total = torch.stack([batch.every.targets for batch in batches]).sum()
+    return accumulate * _share(batches[0].every.targets.clamp(min=1), total)
+
+
+def weighted_means(batches: Sequence[MicroBatch]) -> dict[str, Float[Tensor, ""]]:
+    """The logged values over all micro-batches and devices, weighted by targets; one more all-reduce."""
+    names = list(batches[0].values or {})
+    table = torch.stack([torch.stack([(batch.values or {})[name].double() for name in names]) for batch in batches])
+    targets = torch.stack([batch.own.targets for batch in batches]).double()
+    # A device without a target has a mean of nothing, which weighs nothing.
+    sums = torch.cat([(table * targets.unsqueeze(-1)).sum(0), targets.sum().view(1)])
+    if batches[0].devices > 1:
+        dist.all_reduce(sums)
+    means = sums[:-1] / sums[-1].clamp(min=1)
+    return {name: mean.float() for name, mean in zip(names, means, strict=True)}
+
+
+def _share(part: Int[Tensor, ""], whole: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    return part / whole.clamp(min=1)

@@ -1,0 +1,95 @@
+"""upcycle, prune, merge and to-dense, from the command line: one checkpoint into another, or one line of why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchkit import LanguageModule
+from switchkit.cli import main
+
+# Of Lightning and jsonargparse, as in every run.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SHRINK = {"prune": ["--keep", "2"], "merge": ["--experts", "2"], "to-dense": []}
+
+
+@pytest.fixture
+def trained(folder: Path, run) -> Path:
+    """A checkpoint of the small sparse recipe, with its tokenizer and data settings."""
+    assert run("fit", "-c", "small.yaml")[0] == 0
+    return next((folder / "runs").rglob("last.ckpt"))
+
+
+@pytest.fixture
+def dense(folder: Path, run) -> Path:
+    assert run("fit", "-c", "small.yaml", "--model.net.sparse", "[]", "--model.losses", "[]")[0] == 0
+    return next((folder / "runs").rglob("last.ckpt"))
+
+
+def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Path, capsys) -> None:
+    assert main(["upcycle", str(dense), "--num_experts", "4", "--every", "2", "--out", "made.ckpt"]) == 0
+    told = capsys.readouterr().err
+    assert "1 sparse layers" in told
+    assert "step 0" in told
+    assert "switchkit fit --ckpt_path made.ckpt --trainer.max_steps 1000" in told
+    old, new = (LanguageModule.load_from_checkpoint(path) for path in (dense, "made.ckpt"))
+    assert new.tokenizer == old.tokenizer
+    tokens = torch.arange(12).unsqueeze(0)
+    assert torch.allclose(new.eval()(tokens), old.eval()(tokens), atol=1e-6)
+    # Its data settings came along.
+    assert main(["validate", "--ckpt_path", "made.ckpt"]) == 0
+    assert main(["fit", "--ckpt_path", "made.ckpt", "--trainer.accelerator", "cpu", "--trainer.max_steps", "1"]) == 0
+    more = ["--data.path", "text.txt", "--data.batch_size", "2", "--data.context", "16", "--trainer.max_steps", "1"]
+    begin = ["--init_from", "made.ckpt", "--data", "TextData", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *begin, *more, "--trainer.limit_val_batches", "1"]) == 0
+
+
+def test_fewer_experts_are_measured_on_the_checkpoints_data(trained: Path, run) -> None:
+    for command, options in SHRINK.items():
+        out = f"{command}.ckpt"
+        code, told, error = run(command, str(trained), *options, "--batches", "2", "--out", out)
+        assert code == 0, error
+        assert "held-out loss" in told
+        assert "used blocks.1.mlp" in told
+        made = LanguageModule.load_from_checkpoint(out)
+        assert len(made.sparse_layers) == (0 if command == "to-dense" else 1)
+        assert run("generate", "--ckpt_path", out, "--prompt", "the", "--max_new_tokens", "3")[0] == 0
+    code, _, error = run("prune", str(trained), "--keep", "2", "--no_data", "--by", "similarity", "--out", "blind.ckpt")
+    assert code == 0
+    assert "nothing was measured" in error
+
+
+BAD = [
+    ("prune", ["--keep", "9"], "9 experts cannot be left of the 4 of blocks.1.mlp"),
+    ("merge", ["--experts", "4"], "4 experts cannot be left"),
+    ("prune", ["--keep", "0"], "expected an integer of at least 1, got '0'"),
+    ("prune", [], "--keep"),
+    (
+        "prune",
+        ["--keep", "2", "--no_data"],
+        "--by usage is measured on data: leave --no_data out, or take --by similarity",
+    ),
+    ("merge", ["--experts", "2", "--how", "sum"], "sum"),
+    ("upcycle", [], "has 1 sparse layers already (blocks.1.mlp, ...)"),
+    ("prune", ["--keep", "2", "--out", "text.txt"], "it is there already"),
+    ("to-dense", ["--out", "nowhere/made.ckpt"], "there is no folder 'nowhere'"),
+]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(trained: Path, folder: Path, run) -> None:
+    text = (folder / "text.txt").read_bytes()
+    for command, options, why in BAD:
+        out = [] if "--out" in options else ["--out", "made.ckpt"]
+        code, _, error = run(command, str(trained), *options, *out)
+        assert code == 2, (command, options)
+        assert why in error.strip().splitlines()[-1]
+        assert "Traceback" not in error
+        assert not (folder / "made.ckpt").exists()
+        assert not list(folder.glob(".*.part"))
+    assert (folder / "text.txt").read_bytes() == text

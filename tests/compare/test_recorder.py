@@ -1,0 +1,112 @@
+"""What is written down of a run, against what its module and trainer say."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from small import NET, TOP2, data, module, trainer, weights
+
+from switchkit import Factor, MoELayer, Switch, checkpoints
+from switchkit.compare.recorder import Mark, Recorder
+
+
+class Witness(L.Callback):
+    """Adds up by itself, in integers of Python, and sleeps where the clock should stand."""
+
+    def __init__(self) -> None:
+        self.assigned = self.dropped = self.tokens = 0
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.assigned += sum(outputs["stats"]["load"].flatten().tolist())
+        self.dropped += sum(outputs["stats"]["dropped"].tolist())
+        self.tokens += len(batch["tokens"].flatten())
+        self.losses.append(float(outputs["loss"]))
+
+
+def fit(folder: Path, recorder: Recorder, *more: L.Callback, moe: Any = None, **options: Any) -> tuple[Any, Any]:
+    source = data(folder)
+    model = module(source, moe=moe or partial(MoELayer, router=Switch, capacity=partial(Factor, train=0.5, eval=None)))
+    runner: Any = trainer(folder, val_check_interval=10**9, num_sanity_val_steps=0, **options)
+    runner.callbacks = [recorder, *runner.callbacks, *more, Mark(recorder)]
+    runner.fit(model, source)
+    return runner, model
+
+
+def test_points_counts_and_losses(tmp_path: Path) -> None:
+    recorder, witness = Recorder(4), Witness()
+    runner, model = fit(tmp_path, recorder, witness, steps=10)
+    assert [point["step"] for point in recorder.points] == [4, 8, 10]
+    assert recorder.done
+    assert recorder.tokens == witness.tokens == recorder.points[-1]["tokens"]
+    assert witness.dropped > 0
+    assert recorder.dropped == witness.dropped / witness.assigned
+    means = [sum(part) / len(part) for part in (witness.losses[:4], witness.losses[4:8], witness.losses[8:])]
+    assert [point["train_loss"] for point in recorder.points] == pytest.approx(means, abs=1e-6)
+    # The data's validation reads all of the held-out text here, as `validate` does.
+    (found,) = runner.validate(model, datamodule=runner.datamodule, verbose=False)
+    assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
+
+
+def test_training_is_the_same_with_and_without_points(tmp_path: Path) -> None:
+    # Jitter and dropout draw from the generator that evaluation must leave alone.
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = fit(tmp_path / "a", Recorder(1), steps=6, moe=TOP2)[1]
+    second = fit(tmp_path / "b", Recorder(100), steps=6, moe=TOP2)[1]
+    assert NET.keywords["dropout"] > 0
+    assert torch.equal(weights(first), weights(second))
+    assert first.training
+
+
+def test_the_clock_stands_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that ticks once when it is looked at, and a thousand times in a callback that comes after."""
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 1
+        return now[0]
+
+    class Slow(L.Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            now[0] += 1000
+
+    monkeypatch.setattr("switchkit.compare.recorder.time.perf_counter", tick)
+    recorder = Recorder(100)
+    fit(tmp_path, recorder, Slow(), steps=5)
+    assert 5 <= recorder.seconds < 100
+
+
+def test_time_ends_a_run_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr("switchkit.compare.recorder.time.perf_counter", tick)
+    recorder = Recorder(100, seconds=6.5)
+    runner, _ = fit(tmp_path, recorder, steps=30)
+    assert recorder.done
+    assert recorder.steps == runner.global_step == recorder.points[-1]["step"] == 7
+    saved = checkpoints.read(checkpoints.last(tmp_path))["callbacks"][recorder.state_key]
+    assert saved["done"]
+
+
+def test_gradient_accumulation_counts_steps_not_batches(tmp_path: Path) -> None:
+    recorder = Recorder(2)
+    fit(tmp_path, recorder, steps=4, accumulate_grad_batches=3)
+    assert [point["step"] for point in recorder.points] == [2, 4]
+    assert recorder.tokens == 4 * 3 * 4 * 8
+
+
+def test_another_module_is_refused(tmp_path: Path) -> None:
+    from switchkit.compare.recorder import held_out_loss
+
+    with pytest.raises(ValueError, match="needs LanguageModules; got a LightningModule"):
+        held_out_loss(L.Trainer(logger=False), L.LightningModule())

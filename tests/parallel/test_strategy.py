@@ -1,0 +1,128 @@
+"""The strategy's edges: what it starts from, when gradients travel, half precision, what it refuses."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from distributed import RankError, Ranks, run
+from equal import MOE, Case, Loader, as_rank, whole
+from lightning.pytorch.strategies import StrategyRegistry
+
+import switchkit.parallel
+from switchkit import Factor
+from switchkit.parallel import ExpertParallelStrategy
+from switchkit.strategies import ExpertParallelStrategy as Same
+
+TWO = partial(ExpertParallelStrategy, expert_parallel_size=2)
+
+
+class Travel(L.Callback):
+    """After each backward pass: whether sharded gradients are there, which are what the devices have summed."""
+
+    def __init__(self) -> None:
+        self.there: list[set[bool]] = []
+
+    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+        self.there.append({p.grad is not None for p in module.parameters()})
+
+
+class Start(L.Callback):
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.weights = {name: whole(p) for name, p in module.named_parameters()}
+
+
+def observed(rank: int, world: int, case: Case) -> dict[str, Any]:
+    module = case.module()
+    if rank:
+        for parameter in module.parameters():
+            parameter.data.fill_(9.0)
+    first = {name: p.detach().clone() for name, p in module.named_parameters()}
+    travel, start = Travel(), Start()
+    own = L.Trainer(
+        accelerator="cpu", strategy=TWO(), devices=world, plugins=[Ranks(rank, world)], callbacks=[travel, start],
+        max_steps=case.steps, accumulate_grad_batches=case.micro, limit_val_batches=0, logger=False,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    batches = [shares[rank] for shares in case.batches()]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        own.fit(module, Loader(batches), Loader(batches[:1]))
+    local = {name: list(p.to_local().shape) for name, p in module.named_parameters()}
+    return {
+        "first": first,
+        "started": start.weights,
+        "there": travel.there,
+        "local": local,
+        "told": [str(warning.message) for warning in told],
+    }
+
+
+def test_all_start_from_the_first_and_gradients_travel_once_a_step() -> None:
+    case = Case(micro=3, steps=2, moe=partial(MOE, group="batch", capacity=partial(Factor, train=1.0)))
+    case = replace(case, net=partial(case.net, allow_leak=True))
+    first, second = run(2, observed, case)
+    for found in (first, second):
+        assert found["there"] == [{False}, {False}, {True}] * 2
+        for name, value in first["first"].items():
+            assert torch.equal(found["started"][name], value)
+        # Half of the experts each, and half of everything else.
+        assert found["local"]["net.blocks.0.mlp.experts.w1"] == [4, 16, 24]
+        assert found["local"]["net.blocks.0.attention.qkv.weight"] == [24, 16]
+    assert any("group='batch' counts capacity over the batch of each device" in line for line in first["told"])
+
+
+def half(rank: int, world: int, case: Case, precision: str) -> list[dict[str, float]]:
+    from equal import train
+
+    batches = [shares[rank] for shares in case.batches()]
+    return train(
+        case, batches, 1, strategy=TWO(), devices=world, plugins=[Ranks(rank, world)], precision=precision
+    ).losses
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_is_near_full_precision(precision: str) -> None:
+    case = Case()
+    full = run(2, as_rank, case, TWO)[0].losses
+    for rows in run(2, half, case, precision):
+        for mine, theirs in zip(rows, full, strict=True):
+            assert math.isclose(mine["train/loss"], theirs["train/loss"], rel_tol=0.05)
+            assert mine["train/loss"] != theirs["train/loss"]
+
+
+def test_experts_that_do_not_divide_end_every_rank_with_the_reason() -> None:
+    case = Case()
+    case = replace(case, net=partial(case.net, num_experts=7))
+    with pytest.raises(RankError, match="the 7 experts of net.blocks.0.mlp cannot be shared out .* use 1 or 7"):
+        run(2, as_rank, case, TWO)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"expert_parallel_size": 0}, "expert_parallel_size must be at least 1; got 0"),
+        ({"data_parallel_replicate": -1}, "data_parallel_replicate must be at least 1; got -1"),
+        ({"timeout_seconds": 0.0}, "timeout_seconds must be a finite number > 0; got 0"),
+    ],
+)
+def test_bad_options(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ExpertParallelStrategy(**arguments)
+
+
+def test_names() -> None:
+    assert switchkit.parallel.ExpertParallelStrategy is Same
+    assert isinstance(StrategyRegistry.get("expert_parallel"), Same)
+    assert StrategyRegistry.get("expert_parallel_4").expert_parallel_size == 4
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = switchkit.parallel.Nothing
