@@ -35,7 +35,7 @@ def test_a_student_of_an_imported_teacher(tmp_path: Path, name: str, family: str
     assert far(our_logits(pupil, one), their_logits(one.model, one)) < before
     save_checkpoint(pupil, tmp_path / "student.ckpt")
     (tmp_path / "teacher.ckpt").unlink()
-    module, _ = open_checkpoint(tmp_path / "student.ckpt")
+    module = open_checkpoint(tmp_path / "student.ckpt")
     assert export_hf(module, tmp_path / "ours") == family
     theirs, info = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
