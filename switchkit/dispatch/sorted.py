@@ -125,7 +125,12 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
-        return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
+        if ctx.k > 1:
+            return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
+        # Not a view: autograd then adds the router's gradient to it in place.
+        by_token = grad.new_empty(ctx.size)
+        torch.index_select(grad, 0, row.flatten(), out=by_token.view(-1, grad.shape[-1]))
+        return by_token, None, None, None
 
 
 class _Return(torch.autograd.Function):
