@@ -100,4 +100,4 @@ class Block(nn.Module):
         return x + self._drop(h), routings, None if past is None else Past(now, kept)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import oracle
 import pytest
@@ -189,6 +190,24 @@ def test_token_by_token_equals_all_at_once(attention: nn.Module) -> None:
     oracle.assert_same({"y": torch.cat(outputs, 1)}, {"y": attention(x)[0]}, EXACT)
     kept = past.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.k, past.k[[1, 1, 0]])
+
+
+def test_keys_and_values_stay_what_they_are() -> None:
+    """Any of them may be gone on from, more than once and in any mode; none of the others changes by it."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    known = [(KeyValues(), torch.empty(2, 3, 0, 4), torch.empty(2, 3, 0, 5))]
+    for _ in range(200):
+        before, k, v = known[draw.choice([-1, -1, -1, draw.randrange(len(known))])]
+        with draw.choice([torch.no_grad, *[torch.inference_mode] * 8, torch.enable_grad])():
+            size = draw.choice([1, 1, 3])
+            more_k, more_v = torch.randn(2, 3, size, 4), torch.randn(2, 3, size, 5)
+            now = before.extended(more_k, more_v)
+            known.append((now, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)))
+    assert sum(past.room is not None for past, _, _ in known) > len({id(past.room) for past, _, _ in known}) > 2
+    for past, k, v in known[1:]:
+        assert torch.equal(past.k, k)
+        assert torch.equal(past.v, v)
 
 
 def test_positions_go_on_where_they_stopped() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,29 @@ from torch import Tensor
 __all__ = ["KeyValues", "attend", "attend_after", "seen", "visible"]
 
 
+@dataclass
+class Room:
+    """Memory for keys and values of more tokens than there are, of which `used` have been written."""
+
+    k: Float[Tensor, "B KV R W"]
+    v: Float[Tensor, "B KV R Wv"]
+    used: int = 0
+
+    def takes(self, start: int, end: int) -> bool:
+        """Whether tokens `start` to `end` may be written here without a change to what another one reads."""
+        # What inference mode has made it alone may change.
+        ours = torch.is_inference_mode_enabled() or not self.k.is_inference()
+        return ours and self.used == start and end <= self.k.shape[2]
+
+
 @dataclass(frozen=True)
 class KeyValues:
     """Keys [B, KV, P, W] and values [B, KV, P, Wv] of the P tokens that an attention layer has seen; none at first."""
 
     k: Float[Tensor, "B KV P W"] | None = None
     v: Float[Tensor, "B KV P Wv"] | None = None
+    room: Room | None = field(default=None, repr=False, compare=False)
+    """Where they lie, with room for the tokens that follow; null: no room."""
 
     @property
     def length(self) -> int:
@@ -31,11 +48,25 @@ class KeyValues:
         return self.k, self.v
 
     def extended(self, k: Float[Tensor, "B KV S W"], v: Float[Tensor, "B KV S Wv"]) -> KeyValues:
-        """These and those of S more tokens."""
+        """These and those of S more tokens.
+
+        Without gradients they are written behind these where there is room, and room for as many again is made where
+        there is none, so that a token does not cost a copy of all before it. These stay as they are: only the first to
+        follow them finds the room behind them free.
+        """
         if self.k is None:
             return KeyValues(k, v)
         keys, values = self.both
-        return KeyValues(torch.cat([keys, k], 2), torch.cat([values, v], 2))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return KeyValues(torch.cat([keys, k], 2), torch.cat([values, v], 2))
+        start, end, room = self.length, self.length + k.shape[2], self.room
+        if room is None or not room.takes(start, end):
+            larger = [x.new_empty(*x.shape[:2], 2 * end, x.shape[3]) for x in (keys, values)]
+            room = Room(larger[0], larger[1])
+            room.k[:, :, :start], room.v[:, :, :start] = keys, values
+        room.k[:, :, start:end], room.v[:, :, start:end] = k, v
+        room.used = end
+        return KeyValues(room.k[:, :, :end], room.v[:, :, :end], room)
 
     def select(self, index: Int[Tensor, "rows"]) -> KeyValues:
         """Those of some rows of the batch, in that order."""

@@ -44,17 +44,24 @@ class Sorted(Dispatcher):
         per_expert = load.sum(0)
         known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         sizes = tuple(per_expert.tolist()) if known else None
-        row = starts(load).gather(1, routing.expert) + slot
-        if not _nothing_dropped(sizes, row):
-            spare = (~kept).flatten()
-            row = torch.where(kept, row, (load.sum() + spare.cumsum(0) - 1).view_as(row))
-        flat = row.flatten()
-        # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray memory.
-        source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+        if routing.expert.numel() == 1:
+            # Decoding one token: one row.
+            row = torch.zeros_like(routing.expert)
+            source = row.flatten()
+        else:
+            row = starts(load).gather(1, routing.expert) + slot
+            if not _nothing_dropped(sizes, row):
+                spare = (~kept).flatten()
+                row = torch.where(kept, row, (load.sum() + spare.cumsum(0) - 1).view_as(row))
+            flat = row.flatten()
+            # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray
+            # memory.
+            source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
         if routing.k is None:
             rows = tokens.flatten(0, 1).index_select(0, flat_tokens(routing).flatten().index_select(0, source))
         else:
-            rows = _Take.apply(tokens, row, source, routing.k)  # type: ignore[no-untyped-call]
+            take = _Take.apply if torch.is_grad_enabled() else _take
+            rows = take(tokens, row, source, routing.k)
         return Rows(x=rows, load=per_expert, sizes=sizes, row=row, source=source)
 
     def combine(self, out: Float[Tensor, "*layout D"], rows: Rows, routing: Routing) -> Float[Tensor, "G S D"]:
@@ -70,7 +77,8 @@ class Sorted(Dispatcher):
             back = out.index_select(0, rows.row.flatten())
             return sum_choices(back * weight.flatten().unsqueeze(-1), routing)
         size = (*routing.valid.shape, out.shape[-1])
-        y: Tensor = _Return.apply(out, weight, rows.row, rows.source, routing.k, size)  # type: ignore[no-untyped-call]
+        give = _Return.apply if torch.is_grad_enabled() else _return
+        y: Tensor = give(out, weight, rows.row, rows.source, routing.k, size)
         return y
 
 
@@ -96,6 +104,14 @@ def _token(source: Int[Tensor, "R"], k: int) -> Int[Tensor, "R"]:
     return source if k == 1 else source // k
 
 
+def _take(tokens: Tensor, row: Tensor, source: Tensor, k: int) -> Tensor:
+    return tokens.flatten(0, 1).index_select(0, _token(source, k))
+
+
+def _return(out: Tensor, weight: Tensor, row: Tensor, source: Tensor, k: int, size: tuple[int, ...]) -> Tensor:
+    return _weighted_sum(out, weight.view(-1, k), row.view(-1, k)).view(size)
+
+
 class _Take(torch.autograd.Function):
     """Rows from tokens; the gradient of a token is the sum over its rows, gathered rather than scattered."""
 
@@ -103,13 +119,18 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, row: Tensor, source: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(row)
         ctx.k, ctx.size = k, tokens.shape
-        return tokens.flatten(0, 1).index_select(0, _token(source, k))
+        return _take(tokens, row, source, k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
-        return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
+        if ctx.k > 1:
+            return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
+        # Not a view: autograd then adds the router's gradient to it in place.
+        by_token = grad.new_empty(ctx.size)
+        torch.index_select(grad, 0, row.flatten(), out=by_token.view(-1, grad.shape[-1]))
+        return by_token, None, None, None
 
 
 class _Return(torch.autograd.Function):
@@ -121,7 +142,7 @@ class _Return(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(out, weight, row, source)
         ctx.k = k
-        return _weighted_sum(out, weight.view(-1, k), row.view(-1, k)).view(size)
+        return _return(out, weight, row, source, k, size)
 
     @staticmethod
     @once_differentiable

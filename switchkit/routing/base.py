@@ -179,16 +179,17 @@ def token_choice(
     token = torch.arange(size, device=expert.device)
     if k > 1:
         token = token.repeat_interleave(k)
-    made = valid.unsqueeze(-1).expand_as(expert)
     if chosen is not None:
-        made = made & chosen
+        made = (valid.unsqueeze(-1) & chosen).reshape(groups, size * k)
+    else:
+        made = valid if k == 1 else valid.unsqueeze(-1).expand_as(expert).reshape(groups, size * k)
     return Routing(
         logits=logits,
         probs=probs,
         token=token.expand(groups, size * k),
         expert=expert.reshape(groups, size * k),
         weight=weight.reshape(groups, size * k),
-        chosen=made.reshape(groups, size * k),
+        chosen=made,
         valid=valid,
         k=k,
         extras=extras or {},
