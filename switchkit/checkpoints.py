@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from switchkit.files import put, sync_folder
 from switchkit.parallel import shards
 from switchkit.spec import find_class
 
@@ -89,7 +90,7 @@ def _settle(temporary: Path, target: Path) -> None:
     try:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        _put(temporary, target)
+        put(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -222,8 +223,8 @@ def write_folder(content: dict[str, Any], target: Path) -> None:
     _wait()
     shards.seal(temporary)
     if first:
-        _sync_folder(temporary)
-        _put(temporary, target)
+        sync_folder(temporary)
+        put(temporary, target)
     _wait()
 
 
@@ -300,28 +301,6 @@ def _join(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, A
     return content
 
 
-def _put(temporary: Path, target: Path) -> None:
-    """Move a file or folder into place; a folder cannot be replaced in one step, so the old one steps aside first."""
-    previous = target.with_name(f"{target.stem}.previous{target.suffix}")
-    if target.is_dir() or temporary.is_dir():
-        if target.exists():
-            _remove(previous)
-            os.rename(target, previous)
-        os.rename(temporary, target)
-        _sync_folder(target.parent)
-        _remove(previous)
-    else:
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -340,13 +319,3 @@ def _class_paths(spec: Any) -> Iterator[str]:
     if isinstance(spec, list):
         for item in spec:
             yield from _class_paths(item)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system can (not on Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

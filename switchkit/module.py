@@ -402,8 +402,8 @@ class LanguageModule(L.LightningModule):
         return {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.hugging_face = origin.carried(checkpoint.get("switchkit", {}), self.tokenizer)
         ours = checkpoint.get("switchkit", {})
+        self.hugging_face = origin.carried(ours, self.tokenizer)
         # What was counted on all devices goes on from the first of them.
         first = self._trainer is None or self.global_rank == 0
         for name, value in ours.get("train_routing", {}).items():

@@ -24,6 +24,7 @@ ROWS = [
         "spec",
         "counts",
         "twins",
+        "files",
         "checkpoints",
         "optim",
         "sampling",

@@ -17,6 +17,7 @@ from switchkit.cli.errors import UserError, exit_code
 from switchkit.cli.options import OptionParser, number
 from switchkit.cli.plugins import split_plugins
 from switchkit.cli.reading import stops_cleanly
+from switchkit.cli.recipes import dump_yaml
 from switchkit.compare.budget import Budget
 from switchkit.compare.definition import Definition, define
 from switchkit.compare.files import COLUMNS, cells, write_tables
@@ -132,11 +133,9 @@ def _measure(name: str, tree: Mapping[str, Any], model: Model, out: Any) -> floa
     """Seconds of a step."""
     import tempfile
 
-    import yaml
-
     with tempfile.TemporaryDirectory() as place:
         recipe = Path(place) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), "utf-8")
+        recipe.write_text(dump_yaml(tree), "utf-8")
         seconds = seconds_per_step(recipe, _seeded(tree, model))
     out.print(f"{name}: {1000 * seconds:.1f} ms a step", highlight=False)
     return seconds

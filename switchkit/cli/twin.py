@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import is_spec, target_of
 from switchkit.cli.recipes import dump_yaml
+from switchkit.files import write_text
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.registry import name_of
@@ -55,7 +55,7 @@ def write(argv: Sequence[str], match: Match, out: Path | None) -> int:
     if out is None:
         sys.stdout.write(text)
         return 0
-    _write(out, text)
+    write_text(out, text)
     print(f"{out}: train it with `switchkit fit --config {shlex.quote(str(out))}`")
     return 0
 
@@ -120,13 +120,3 @@ def _check_free(out: Path) -> None:
         raise UserError(f"--out {out}: it exists already, and is left as it is: choose another name, or move it away")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {str(out.parent)!r}: create it first")
-
-
-def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

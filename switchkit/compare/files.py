@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from switchkit.compare.arithmetic import Spread
 from switchkit.compare.folder import Result
 from switchkit.compare.summary import Row, pairs_of, rows_of, sentence, speed_ups
+from switchkit.files import write_text
 
 __all__ = ["COLUMNS", "cells", "write_tables"]
 
@@ -97,7 +97,7 @@ def write_tables(folder: Path, results: Sequence[Result], twin: str, title: str,
     ]
     pictures = sorted(folder.glob("loss_by_*.png"))
     lines += ["", *(f"![{path.stem}]({path.name})" for path in pictures)]
-    _write(folder / "README.md", "\n".join(lines).rstrip() + "\n")
+    write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
 
 
 def _number(found: Spread, form: str) -> str:
@@ -119,10 +119,4 @@ def _csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str
     writer = csv.DictWriter(text, columns or (list(rows[0]) if rows else []), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())

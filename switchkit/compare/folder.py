@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from switchkit.cli.errors import UserError, short
+from switchkit.cli.recipes import dump_yaml
+from switchkit.files import write_text
 
 __all__ = ["Folder", "Result"]
 
@@ -89,8 +88,8 @@ class Folder:
         """Write what the comparison is, its recipes first."""
         (self.path / "recipes").mkdir(parents=True, exist_ok=True)
         for name, tree in content["recipes"].items():
-            _write(self.recipe(name), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-        _write(self.path / "comparison.json", json.dumps({"format": _FORMAT, **content}, indent=1))
+            write_text(self.recipe(name), dump_yaml(tree))
+        write_text(self.path / "comparison.json", json.dumps({"format": _FORMAT, **content}, indent=1))
 
     def same(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Refuse to go on with another comparison.
@@ -124,7 +123,7 @@ class Folder:
     def keep(self, result: Result) -> None:
         folder = self.run(result.run, result.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "result.json", json.dumps(asdict(result), indent=1))
+        write_text(folder / "result.json", json.dumps(asdict(result), indent=1))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -145,12 +144,6 @@ class Folder:
             except OSError:
                 raise UserError(f"--out {self.path}: another process is training this comparison now") from None
             yield
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 def _different(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from switchkit.cli.arguments import Arguments
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.lightning import SwitchkitCLI, build
 from switchkit.cli.normalise import target_of
+from switchkit.cli.recipes import dump_yaml
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
 from switchkit.compare.budget import Budget, Cost
@@ -87,7 +86,7 @@ def model_of(name: str, tree: Mapping[str, Any]) -> Model:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), "utf-8")
+        file.write_text(dump_yaml(tree), "utf-8")
         try:
             with quiet():
                 cli = build(["--config", str(file), "--trainer.max_steps", "1", "--seed_everything", "0"])

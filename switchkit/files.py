@@ -1,0 +1,56 @@
+"""Files and folders that appear whole or not at all: written beside their place, then moved there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+__all__ = ["put", "sync_folder", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text; what was there stays until all of it is written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def put(temporary: Path, target: Path) -> None:
+    """Move a file or folder into place; a folder cannot be replaced in one step, so the old one steps aside first."""
+    previous = target.with_name(f"{target.stem}.previous{target.suffix}")
+    if target.is_dir() or temporary.is_dir():
+        if target.exists():
+            _remove(previous)
+            os.rename(target, previous)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+        _remove(previous)
+    else:
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
