@@ -78,6 +78,7 @@ def _compare(
     wanted = {
         "recipes": trees,
         "budget": str(budget),
+        "equal_flops": dict(definition.equal_flops),
         "every": asked.every,
         "data": {n: m.data for n, m in models.items()},
     }
@@ -92,13 +93,13 @@ def _compare(
         seconds: dict[str, float] = {}
         if budget.kind == "minutes":
             seconds = {name: _measure(name, tree, models[name], out) for name, tree in trees.items()}
-        steps = steps_of(budget, trees, models, seconds)
+        steps = steps_of(budget, trees, models, seconds, definition.equal_flops)
     with folder.locked():
         if before is None:
             if folder.found() is not None:
                 raise UserError(f"--out {folder.path}: another process began a comparison there meanwhile")
             folder.begin({**wanted, "steps": steps, "switchkit": __version__})
-        notes = _notes(budget, seeds, steps, twin, models)
+        notes = _notes(budget, seeds, steps, twin, models, definition.equal_flops)
         out.print(definition.title, style="bold", highlight=False)
         for note in notes:
             out.print(f"- {note}", highlight=False)
@@ -164,7 +165,14 @@ def _write(
     return found
 
 
-def _notes(budget: Budget, seeds: int, steps: Mapping[str, int], twin: str, models: Mapping[str, Model]) -> list[str]:
+def _notes(
+    budget: Budget,
+    seeds: int,
+    steps: Mapping[str, int],
+    twin: str,
+    models: Mapping[str, Model],
+    equal_flops: Mapping[str, str],
+) -> list[str]:
     every = set(steps.values())
     told = (
         f"{every.pop():,} steps"
@@ -181,6 +189,9 @@ def _notes(budget: Budget, seeds: int, steps: Mapping[str, int], twin: str, mode
         "dropped: share of all assignments in training; imbalance: largest over mean load of the worst layer, held out",
         f"switchkit {__version__}, torch {torch.__version__}",
     ]
+    equal = [f"{name} spends the operations of {other}" for name, other in equal_flops.items()]
+    if equal:
+        notes.insert(1, f"{'; '.join(equal)}, in {', '.join(f'{steps[name]:,}' for name in equal_flops)} steps")
     if len(texts) > 1:
         notes.insert(
             2, "the runs read different data: their losses compare only where the held-out tokens are the same"

@@ -64,7 +64,11 @@ class Budget:
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"
 
     def steps(
-        self, costs: Mapping[str, Cost], first_steps: int | None, seconds_per_step: Mapping[str, float]
+        self,
+        costs: Mapping[str, Cost],
+        first_steps: int | None,
+        seconds_per_step: Mapping[str, float],
+        equal_flops: Mapping[str, str] | None = None,
     ) -> dict[str, int]:
         """Steps of each run.
 
@@ -72,9 +76,10 @@ class Budget:
             costs: of the runs, in order.
             first_steps: the first run's ``trainer.max_steps``; None: it has none.
             seconds_per_step: as measured, for `minutes`.
+            equal_flops: runs that spend the operations of another run instead, and that run.
 
         Raises:
-            UserError: no number of steps to go by, or a run that the budget allows no step.
+            UserError: no number of steps to go by, a run that the budget allows no step, or `equal_flops` with minutes.
         """
         first = next(iter(costs))
         if self.value is None and not first_steps:
@@ -89,6 +94,13 @@ class Budget:
         else:
             limit = 60 * float(self.value or 0) * MARGIN
             found = {name: int(limit / seconds_per_step[name]) for name in costs}
+        for name, other in (equal_flops or {}).items():
+            if self.kind == "minutes":
+                raise UserError(
+                    f"--budget {self}: equal_flops gives {name} the operations of {other}, not minutes; "
+                    "give --budget steps or flops, or take it out of equal_flops"
+                )
+            found[name] = steps_within(found[other] * costs[other].flops, costs[name].flops)
         short = [name for name, steps in found.items() if steps < 1]
         if short:
             need = max(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from switchkit.cli.recipes import find_config, is_comparison, read_config
 
 __all__ = ["Definition", "Entry", "define"]
 
-_KEYS = ("base", "runs", "seeds", "budget", "twin")
+_KEYS = ("base", "runs", "seeds", "budget", "twin", "equal_flops")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Definition:
     seeds: int | None = None
     budget: str | None = None
     twin: str | None = None
+    equal_flops: Mapping[str, str] = field(default_factory=dict)
+    """Runs that get as many steps as cost what another run's steps cost, whatever the budget: name, and the other's."""
 
 
 def define(names: Sequence[str]) -> Definition:
@@ -89,8 +91,26 @@ def _from_file(path: Path, values: Mapping[str, Any]) -> Definition:
         raise UserError(f"{path}: seeds: expected a number of seeds from 1 up, got {short(seeds)}")
     if twin is not None and twin not in runs:
         raise UserError(f"{path}: twin: no run is called {twin!r}{near(str(twin), runs)} Runs: {', '.join(runs)}")
+    equal = _equal_flops(values.get("equal_flops"), path, runs)
     comments = (line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
-    return Definition(path.stem, next(comments, path.stem), tuple(entries), seeds, budget, twin)
+    return Definition(path.stem, next(comments, path.stem), tuple(entries), seeds, budget, twin, equal)
+
+
+def _equal_flops(given: Any, path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
+    """Run names to run names, none of which is on both sides."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}: equal_flops: expected a mapping of a run to a run, got {short(given)}")
+    for name in (*given, *given.values()):
+        if name not in runs:
+            raise UserError(
+                f"{path}: equal_flops: no run is called {name!r}{near(str(name), runs)} Runs: {', '.join(runs)}"
+            )
+    both = next((name for name in given if name in given.values()), None)
+    if both is not None:
+        raise UserError(f"{path}: equal_flops: {both} takes its steps from another run, so that none can take {both}'s")
+    return {str(name): str(other) for name, other in given.items()}
 
 
 def _configs(given: Any, path: Path, key: str) -> tuple[str | Source, ...]:

@@ -138,12 +138,16 @@ def reference(definition: Definition, asked: str | None, models: Mapping[str, Mo
 
 
 def steps_of(
-    budget: Budget, trees: Mapping[str, Any], models: Mapping[str, Model], seconds: Mapping[str, float]
+    budget: Budget,
+    trees: Mapping[str, Any],
+    models: Mapping[str, Model],
+    seconds: Mapping[str, float],
+    equal_flops: Mapping[str, str],
 ) -> dict[str, int]:
     """The steps of each run within a budget."""
     first = next(iter(trees.values()))["trainer"].get("max_steps")
     own = int(first) if isinstance(first, int) and first > 0 else None
-    return budget.steps({name: model.cost for name, model in models.items()}, own, seconds)
+    return budget.steps({name: model.cost for name, model in models.items()}, own, seconds, equal_flops)
 
 
 def cli_of(recipe: Path, steps: int, seed: int, folder: Path, seeded: bool) -> SwitchkitCLI:

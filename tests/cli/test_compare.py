@@ -297,6 +297,9 @@ FILES = {
     "runs: {a: small.yaml, b: small.yaml}\nseed: 3": "a comparison has no key 'seed'. Did you mean 'seeds'?",
     "runs: {a: small.yaml, b: small.yaml}\nseeds: many": "seeds: expected a number of seeds from 1 up, got 'many'",
     "runs: {a: small.yaml, b: small.yaml}\ntwin: c": "twin: no run is called 'c'",
+    "runs: {a: small.yaml, b: small.yaml}\nequal_flops: b": "equal_flops: expected a mapping of a run to a run",
+    "runs: {a: small.yaml, bb: small.yaml}\nequal_flops: {a: cb}": "no run is called 'cb'. Did you mean 'bb'?",
+    "runs: {a: small.yaml, b: small.yaml}\nequal_flops: {a: b, b: a}": "a takes its steps from another run",
     "runs: {a: small.yaml, b: {model: {init_args: {nett: {}}}}}": "run b: bad.yaml: runs.b: model",
     "runs: {a: small.yaml, b: [small.yaml, {trainer: {max_stepps: 1}}]}": "runs.b: trainer.max_stepps: Trainer",
 }

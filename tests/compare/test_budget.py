@@ -28,6 +28,15 @@ def test_minutes_plan_a_little_less_than_they_allow() -> None:
     assert found == {"dense": int(120 * MARGIN / 0.5), "top2": int(120 * MARGIN)}
 
 
+def test_a_run_can_spend_the_operations_of_another() -> None:
+    equal = {"dense": "top2"}
+    assert Budget.parse("steps=7").steps(COSTS, None, {}, equal) == {"dense": 10, "top2": 7}
+    # Under a budget of operations that changes nothing but the rounding: top2 makes 3 steps of the 4,600 operations.
+    assert Budget.parse("flops=4600").steps(COSTS, None, {}, equal) == {"dense": 4, "top2": 3}
+    with pytest.raises(UserError, match="--budget minutes=1: equal_flops gives dense the operations of top2"):
+        Budget.parse("minutes=1").steps(COSTS, None, {"dense": 1.0, "top2": 1.0}, equal)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

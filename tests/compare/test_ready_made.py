@@ -46,6 +46,10 @@ def flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
+# The dense model that spends as many operations as the costliest run, in the number of steps that they pay for.
+EQUAL, DENSE = "dense-equal-flops", {f"{NET}.sparse": [], "model.init_args.losses": []}
+
+
 def settings(definition: Definition) -> dict[str, dict[str, Any]]:
     return {entry.name: dict(flat(composed(entry, [], []))) for entry in definition.entries}
 
@@ -56,12 +60,18 @@ def test_every_one_is_listed_here() -> None:
 
 @pytest.mark.parametrize("name", AXES)
 def test_runs_differ_in_what_they_say_alone(name: str) -> None:
-    runs = list(settings(define([f"compare/{name}"])).values())
+    definition = define([f"compare/{name}"])
+    found = settings(definition)
+    last = found.pop(EQUAL)
+    runs = list(found.values())
     different = set()
     for one in runs:
         for other in runs:
             different |= {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
     assert different == AXES[name]
+    base = found[definition.equal_flops[EQUAL]]
+    assert {key for key in last.keys() | base.keys() if last.get(key) != base.get(key)} <= {*DENSE, *AXES[name]}
+    assert last | DENSE == last
     # No two runs are the same.
     assert len({repr(sorted(run.items(), key=lambda item: item[0])) for run in runs}) == len(runs)
 
