@@ -144,6 +144,7 @@ def test_dropout_is_for_training() -> None:
     [
         (lambda: model()(TARGET), "the encoder needs source="),
         (lambda: model(start_id=11), "start_id must be a token, 0 to 10; got 11"),
+        (lambda: model(embedding_std=0.0), "embedding_std must be a finite number > 0; got 0.0"),
         (lambda: model(dropout=1.0), "dropout must be in [0, 1); got 1.0"),
         (lambda: model(encoder_layers=0), "encoder_layers must be at least 1; got 0"),
         (lambda: model(decoder_layers=0), "decoder_layers must be at least 1; got 0"),
@@ -175,3 +176,11 @@ def test_keys_of_the_state_are_frozen() -> None:
     expected += ["encoder.norm.weight", "decoder.relative.weight"]
     expected += [f"decoder.blocks.0.{key}" for key in own + cross + mlp]
     assert sorted(keys) == sorted([*expected, "decoder.norm.weight", "head.weight"])
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 16**-0.5), ({"embedding_std": 1.0}, 1.0)])
+def test_first_embeddings(given: dict[str, float], expected: float) -> None:
+    torch.manual_seed(0)
+    weight = EncoderDecoder(4000, d_model=16, encoder_layers=1, **given).embed.weight
+    # 64,000 normal values: the standard deviation is known to about 0.3 %.
+    assert abs(weight.std().item() / expected - 1) < 0.02
