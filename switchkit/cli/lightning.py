@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoi
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
 from switchkit.bench.malloc import keep_memory
@@ -119,7 +120,8 @@ class SwitchkitCLI(LightningCLI):
             parser.add_argument(
                 "--init_from",
                 type=str | None,
-                help="A checkpoint whose model, vocabulary and weights a new run begins from (fine-tuning).",
+                help="A checkpoint whose model, vocabulary and weights a new run begins from (fine-tuning), and its "
+                "data where none are given.",
             )
         if self.command == "predict":
             parser.add_argument(
@@ -210,12 +212,29 @@ class SwitchkitCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
+        self._check_data()
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
             if first_process():
                 report.checkpoint_line(self.settings.ckpt_path)
         super()._run_subcommand(subcommand)
+
+    def _check_data(self) -> None:
+        """Refuses a run without data, which Lightning would end with a traceback; a module of one's own may bring its.
+
+        Raises:
+            UserError: there are none.
+        """
+        needed = {"fit": "train", "validate": "val"}.get(self.command, self.command)
+        if self.datamodule is not None or is_overridden(f"{needed}_dataloader", self.model):
+            return
+        paths = [self.settings.get(name) for name in ("ckpt_path", "init_from")]
+        given = next((f", and {path} says none, as an imported one does not" for path in paths if path is not None), "")
+        raise UserError(
+            f"{self.command} needs data: none were given{given}. Give --data, such as --data TextData --data.path "
+            "my.txt, or a --config that has them"
+        )
 
     def before_fit(self) -> None:
         from switchkit import report

@@ -43,9 +43,6 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
     partial = _tolerant(sources, command)
     if path is not None:
         checkpoint, tokenizer = read_checkpoint(path, resume=command == "fit" and resumed is not None)
-        if resumed is None:
-            # Other data is what a new run is for.
-            checkpoint = replace(checkpoint, values={"model": checkpoint.values["model"]})
         if command != "fit" and distils(partial):
             # What learned is in the checkpoint: from whom, evaluation need not know.
             sources = [replace(s, values={k: v for k, v in s.values.items() if k != "model"}) for s in sources]

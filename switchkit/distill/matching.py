@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from switchkit.attention import Attention
 from switchkit.blocks import Block
 from switchkit.distill.loss import mean_over
 from switchkit.experts.base import init_linear
+from switchkit.parallel.place import part_like
 
 __all__ = ["Inside", "Matching", "even_map", "hidden_loss", "relation_loss", "watched"]
 
@@ -204,8 +206,8 @@ class Matching(nn.Module):
         return sum((weights[name] * value for name, value in terms.items()), 0.0)
 
     def extra(self) -> dict[str, Tensor]:
-        """The learned matrices, which a checkpoint keeps beside the student."""
-        return {name: value.detach().cpu() for name, value in self.named_parameters()}
+        """The learned matrices, which a checkpoint keeps beside the student; whole, so by all processes at once."""
+        return {name: _whole(value.detach()).cpu() for name, value in self.named_parameters()}
 
     @torch.no_grad()
     def load_extra(self, values: Mapping[str, Tensor]) -> None:
@@ -221,7 +223,8 @@ class Matching(nn.Module):
                 "hidden_layers and the model of the checkpoint"
             )
         for name, value in values.items():
-            own[name].copy_(value)
+            like = own[name].data
+            like.copy_(part_like(value, like) if isinstance(like, DTensor) else value)
 
     def _save_to_state_dict(self, *given: Any, **more: Any) -> None:
         """Nothing: whoever reads the student has no use for it."""
@@ -231,6 +234,11 @@ class Matching(nn.Module):
 
     def _valid(self, block: int, batch: Mapping[str, Tensor]) -> Tensor | None:
         return batch.get("source_valid" if block in self.encoder else "valid")
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Of a part that this process has."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning as L
 from jaxtyping import Float
 from torch import Tensor
 
@@ -273,14 +272,14 @@ class DistillModule(LanguageModule):
         share = f"{1 - self.alpha:g} cross-entropy + {self.alpha:g} divergence at temperature {self.temperature:g}"
         return [*rows, ("learns from", share)]
 
-    def closing_rows(self, data: L.LightningDataModule, loss: float) -> list[tuple[str, str]]:
-        """For the table after it: the teacher on the same held-out text, and the compression."""
+    def closing_rows(self, batches: Iterable[Mapping[str, Tensor]], loss: float) -> list[tuple[str, str]]:
+        """For the table after it: the teacher on the batches that gave the student this loss, and the compression."""
         own, other = sum(parameter.numel() for parameter in self.net.parameters()), self.teacher.parameters
         smaller = ("compression", f"{own:,} parameters of {other:,}: {1 - own / other:.1%} less")
         if isinstance(self.teacher, StoredTeacher):
             return [smaller]
         self.teacher.to(self.device)
-        found = evaluate(self.teacher.net, data.val_dataloader())
+        found = evaluate(self.teacher.net, batches)
         return [
             ("teacher", f"{found.loss:.4f} nats per token; the student is {abs(loss - found.loss):.4f} "
              f"{'above' if loss > found.loss else 'below'} it"),

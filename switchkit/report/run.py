@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def describe(cli: Any) -> None:
 def closing(cli: Any) -> None:
     """Evaluate the best checkpoint on the whole held-out text, then print what came out and what to do next.
 
+    ``limit_val_batches`` holds here too, for the model and for whatever it is compared with, and the title says so.
     All processes evaluate, and write the sample together where each holds a part of the model; the first one prints.
     """
     module, trainer = cli.model, cli.trainer
@@ -93,11 +95,13 @@ def closing(cli: Any) -> None:
     if (speed := _speed(cli, wall)) is not None:
         rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
     if hasattr(module, "closing_rows"):
-        rows += module.closing_rows(cli.datamodule, found["val/loss"])
+        rows += module.closing_rows(islice(cli.datamodule.val_dataloader(), _batches(trainer)), found["val/loss"])
     rows += source_rows(info)
     rows += loads(module.last_load, module.sparse_layers)
     rows += [("checkpoint", str(best or last or "none was saved"))]
-    out.print(rows_table("Result on the whole held-out text", rows))
+    count = _batches(trainer)
+    part = "the whole" if count is None else f"the first {count} batches of the"
+    out.print(rows_table(f"Result on {part} held-out text", rows))
     shown = best or last
     if shown is not None:
         out.print("Next:", style="bold")
@@ -129,6 +133,12 @@ def context_of(cli: Any) -> int:
     """Tokens that attention runs over: of the data's windows, sources or longest sentences; else the model's most."""
     lengths = (getattr(cli.datamodule, name, 0) for name in ("context", "inputs_length", "max_source"))
     return int(next(filter(None, lengths), 0) or getattr(_net(cli.model), "context", 1))
+
+
+def _batches(trainer: Any) -> int | None:
+    """How many batches of the held-out data the last evaluation read; null: all."""
+    loader, most = trainer.validate_loop._combined_loader.flattened[0], trainer.validate_loop.max_batches[0]
+    return int(most) if most < len(loader) else None
 
 
 def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:

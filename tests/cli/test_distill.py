@@ -177,6 +177,23 @@ def test_pairs(folder, run):
     assert "compression" in out
 
 
+@pytest.mark.parametrize("count", ["1", "1.0"])
+def test_the_closing_table_has_both_on_the_same_text(folder, run, count):
+    """A student with its teacher's weights and shape, untrained: no difference, on a part of the text or on all."""
+    dense = once("dense", run, "--model.net.sparse", "[]", "--model.losses", "[]")
+    sizes = "{d_model: 16, num_layers: 2, num_heads: 2, d_ff: 32, context: 16, sparse: []}"
+    net = f"{{class_path: Decoder, init_args: {sizes}}}"
+    Path("same.yaml").write_text(f"model: {{init_args: {{net: {net}, losses: []}}}}\n")
+    more = ["-c", "same.yaml", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0", *SHORT]
+    more += ["--trainer.limit_val_batches", count, "--data.eval_batch_size", "2"]
+    code, out, err = run("fit", "-c", "distill", "--model.teacher", str(dense), *more)
+    assert code == 0, err
+    assert ("Result on the first 1 batches of the held-out text" in out) == (count == "1")
+    assert "the student is 0.0000" in out
+    loss = next(line for line in out.splitlines() if "validation loss" in line).split()[4]
+    assert f"{loss} nats per token; the student" in out
+
+
 # -- prepare --teacher -------------------------------------------------------------------------------------------------
 
 

@@ -20,12 +20,44 @@ pytestmark = [
 ]
 
 
+OWN = """\
+import lightning as L
+import torch
+
+
+class Own(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([{"tokens": torch.ones(2)}])
+
+    def training_step(self, batch, index):
+        return (self.weight * batch["tokens"]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
 @pytest.fixture
 def first(folder, run) -> Path:
     """The last checkpoint of a run of two steps."""
     code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "first")
     assert code == 0, err
     return checkpoints.last(Path("first"))
+
+
+def bare() -> None:
+    """A checkpoint that says nothing of data: nothing was trained."""
+    module = LanguageModule(
+        partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=2, context=8, sparse=[0]),
+        tokenizer=CharTokenizer("abc"),
+    )
+    checkpoint = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
+    module.on_save_checkpoint(checkpoint)
+    torch.save({**checkpoint, "pytorch-lightning_version": L.__version__}, "bare.ckpt")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -47,6 +79,41 @@ def test_a_new_run_begins_with_the_weights_and_the_vocabulary_of_another(first, 
     content = checkpoints.read(checkpoints.last(Path("second")))
     assert content["global_step"] == 2
     assert not torch.equal(content["state_dict"]["net.norm.weight"], weights(first)["net.norm.weight"])
+
+
+def test_without_data_of_its_own_it_takes_the_checkpoint_s(first, run):
+    """As resuming does; what is said of them edits them, and another class replaces them whole."""
+    cli = build(["--init_from", str(first), "--data.batch_size", "3"])
+    assert (cli.datamodule.path, cli.datamodule.context, cli.datamodule.batch_size) == ("text.txt", 16, 3)
+    assert build(["--init_from", str(first), "--data", "TextData"]).datamodule.path is None
+    assert build(["-c", "small.yaml", "--init_from", str(first), "--data.path", "b.txt"]).datamodule.batch_size == 4
+    new = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", "second"]
+    code, out, err = run("fit", "--init_from", str(first), *new)
+    assert code == 0, err
+    assert "text.txt, 4,500 characters" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("fit", "--init_from"), *((name, "--ckpt_path") for name in ("fit", "validate", "test", "predict"))],
+)
+def test_a_run_without_data_is_one_line(run, command, option):
+    """A checkpoint that was imported says none."""
+    bare()
+    code, _, err = run(command, option, "bare.ckpt", "--trainer.accelerator", "cpu")
+    assert code == 2
+    assert err.splitlines()[-1].startswith(
+        f"switchkit: error: {command} needs data: none were given, and bare.ckpt says none"
+    )
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+def test_a_module_of_ones_own_may_bring_its_data(run):
+    Path("own.py").write_text(OWN)
+    more = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    code, _, err = run("fit", "--plugins", "own", "--model", "own.Own", *more)
+    assert code == 0, err
 
 
 def test_a_run_that_goes_on_keeps_its_own_weights(first):
@@ -76,13 +143,7 @@ def test_a_missing_file_is_named(run):
 
 def test_a_model_without_data_is_described_and_audited_with_its_own_vocabulary(run, tmp_path):
     """As an imported checkpoint is: nothing was trained, so no data is in it."""
-    module = LanguageModule(
-        partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=2, context=8, sparse=[0]),
-        tokenizer=CharTokenizer("abc"),
-    )
-    checkpoint = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
-    module.on_save_checkpoint(checkpoint)
-    torch.save({**checkpoint, "pytorch-lightning_version": L.__version__}, "bare.ckpt")
+    bare()
     code, out, err = run("describe", "--ckpt_path", "bare.ckpt")
     assert code == 0, err
     assert "1, of which 1 sparse" in out

@@ -251,6 +251,22 @@ def test_the_teacher_follows_the_data(taught, tmp_path):
     assert {p.device.type for p in pupil.teacher.net.parameters()} == {"cuda"}
 
 
+def test_the_teacher_is_measured_on_the_student_s_batches(taught, tmp_path):
+    """By the batches that are given, each token counting once."""
+    pupil = student(tmp_path)
+    source = data(tmp_path)
+    source.setup("fit")
+    batches = [one for _, one in zip(range(2), source.evaluation_loader(None), strict=False)]
+    nats, tokens = 0.0, 0
+    for one in batches:
+        logits = pupil.teacher(one).logits
+        for row, wanted, real in zip(logits, one["targets"], one["valid"], strict=True):
+            nats -= float(row.log_softmax(-1).gather(-1, wanted[:, None])[real].sum())
+            tokens += int(real.sum())
+    (_, told), _ = pupil.closing_rows(iter(batches), nats / tokens + 0.5)
+    assert told == f"{nats / tokens:.4f} nats per token; the student is 0.5000 above it"
+
+
 def test_an_encoder_decoder_and_its_task(tmp_path):
     """Distilled on the pairs that the teacher learned: the student comes nearer to it."""
     taught = t5_teacher(tmp_path)
