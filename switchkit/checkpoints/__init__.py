@@ -1,0 +1,18 @@
+"""Checkpoint files: written whole or not at all, read without running code, found again."""
+
+from switchkit.checkpoints.content import FORMAT_VERSION, check_classes
+from switchkit.checkpoints.folder import read_folder, write_folder
+from switchkit.checkpoints.reading import intact, last, read, read_settings
+from switchkit.checkpoints.writing import AtomicCheckpointIO
+
+__all__ = [
+    "FORMAT_VERSION",
+    "AtomicCheckpointIO",
+    "check_classes",
+    "intact",
+    "last",
+    "read",
+    "read_folder",
+    "read_settings",
+    "write_folder",
+]

@@ -1,0 +1,54 @@
+"""What a checkpoint holds, read without running anything that it says."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchkit.spec import find_class
+
+__all__ = ["FORMAT_VERSION", "check_classes", "content_of"]
+
+FORMAT_VERSION = 1
+"""Of what switchkit adds to a checkpoint; a file of a later version is refused."""
+
+
+def content_of(file: Path, path: Path) -> dict[str, Any]:
+    """What a file holds, if switchkit wrote it; `path` is the checkpoint that it belongs to."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {path} holds more than plain data and was not loaded: {str(error).splitlines()[0]}"
+        ) from error
+    ours = content.get("switchkit") if isinstance(content, dict) else None
+    if not isinstance(ours, dict) or "state_dict" not in content:
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"checkpoint {path} was not written by switchkit (it holds {keys})")
+    if ours.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format {ours['format_version']} of switchkit {ours.get('version')}; "
+            f"this one reads up to {FORMAT_VERSION}: upgrade switchkit"
+        )
+    return content
+
+
+def check_classes(*described: Any) -> None:
+    """Raises ValueError for the first class that some descriptions name and that is not imported, or is no part."""
+    for part in described:
+        for name in _class_paths(part):
+            find_class(name)
+
+
+def _class_paths(spec: Any) -> Iterator[str]:
+    if isinstance(spec, dict):
+        if "class_path" in spec:
+            yield spec["class_path"]
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for item in spec:
+            yield from _class_paths(item)

@@ -1,0 +1,91 @@
+"""Checkpoints read, of either kind, and found again."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from switchkit.checkpoints.content import check_classes, content_of
+from switchkit.checkpoints.folder import read_folder
+from switchkit.parallel import shards
+
+__all__ = ["intact", "last", "read", "read_settings"]
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a switchkit checkpoint, on the CPU, without running anything that the file says.
+
+    Raises:
+        ValueError: no such file, a truncated or damaged one, one that holds more than plain data, one that switchkit
+            did not write, or a later switchkit did.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise ValueError(
+            f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder"
+        )
+    if not intact(path):
+        raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
+    return content_of(path, path)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """``{"model": spec, "data": spec or None, "source": ..., "step": n}`` of a checkpoint, every class in it known.
+
+    Beside them `resume`: the description of the module that goes on training, where it is not that of the model.
+
+    Raises:
+        ValueError: as `read`, and for a part that is not imported.
+    """
+    path = Path(path)
+    content = read_folder(path, {}) if path.is_dir() else read(path)
+    ours = content["switchkit"]
+    check_classes(ours["model"], ours.get("data"), ours.get("resume"))
+    return {
+        "model": ours["model"],
+        "data": ours.get("data"),
+        "source": ours.get("source"),
+        "resume": ours.get("resume"),
+        "step": content.get("global_step", 0),
+    }
+
+
+def intact(path: str | os.PathLike[str]) -> bool:
+    """True: the file is a whole archive whose checksums hold, or a folder as its manifest says."""
+    if Path(path).is_dir():
+        try:
+            shards.check(Path(path), alone=True)
+        except ValueError:
+            return False
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def last(root: str | os.PathLike[str]) -> Path:
+    """The newest intact ``last.ckpt`` below a folder, over all runs and versions in it; failing that, any checkpoint.
+
+    Raises:
+        ValueError: there is none. Never a silent fresh start.
+    """
+    found = sorted(Path(root).rglob("*.ckpt"), key=lambda p: (p.name.startswith("last"), p.stat().st_mtime))
+    for path in reversed(found):
+        if intact(path):
+            return path
+    broken = f" ({len(found)} damaged)" if found else ""
+    raise ValueError(
+        f"no checkpoint below {Path(root)}{broken}: start a run without --ckpt_path, "
+        "or name another folder with --trainer.default_root_dir"
+    )
+
+
+def _instead(path: Path) -> str:
+    others = [p for p in path.parent.rglob("*.ckpt") if p != path and intact(p)]
+    return f"; the newest intact one beside it is {max(others, key=lambda p: p.stat().st_mtime)}" if others else ""
