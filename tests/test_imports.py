@@ -32,6 +32,7 @@ ROWS = [
         "origin",
         "step",
         "strategies",
+        "ddp",
         "convert",
         "distill",
     ],

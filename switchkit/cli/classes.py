@@ -13,7 +13,7 @@ from switchkit import registry
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.signatures import Place, word
 
-__all__ = ["find_class"]
+__all__ = ["find_class", "named_strategy"]
 
 
 def find_class(name: str, place: Place, where: str) -> Any:
@@ -44,6 +44,19 @@ def find_class(name: str, place: Place, where: str) -> Any:
         )
     _check(found, name, place, table, where)
     return found
+
+
+def named_strategy(name: Any, place: Place) -> tuple[type, dict[str, Any]] | None:
+    """The class and the arguments that Lightning has registered for the name of a strategy, or None.
+
+    Lightning takes such a name only by itself; with settings of its own it must be the class.
+    """
+    from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+    if not isinstance(name, str) or name not in StrategyRegistry or Strategy not in place.bases:
+        return None
+    entry = StrategyRegistry[name]
+    return entry["strategy"], dict(entry["init_params"])
 
 
 def _check(found: Any, name: str, place: Place, table: dict[str, type], where: str) -> None:

@@ -30,10 +30,13 @@ from switchkit.cli.errors import UserError, first_process
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
+from switchkit.ddp import use_for_ddp
 from switchkit.module import LanguageModule
 from switchkit.origin import carried
 
 __all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
+
+use_for_ddp()
 
 
 def run(command: str, argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from switchkit.cli.classes import find_class
+from switchkit.cli.classes import find_class, named_strategy
 from switchkit.cli.errors import UserError, listed, short
 from switchkit.cli.recipes import load_yaml, read_config
 from switchkit.cli.signatures import Parameter, Place, Signature, members, place_of, signature_of
@@ -133,7 +133,7 @@ def require(tree: Any, hint: Any, key: str, filled: frozenset[str] = frozenset()
 def _merge_place(old: Any, new: Any, place: Place, hint: Any, key: str, source: Source) -> Any:
     if isinstance(new, str) and source.typed:
         new = _read(new, key, source)
-    if new is None or type(new) in members(hint):
+    if new is None or (type(new) in members(hint) and not _names_class(new, place)):
         return new
     if isinstance(new, str) and (loaded := _subconfig(new, source)) is not None:
         return _merge_place(old, loaded.values, place, hint, key, loaded)
@@ -172,15 +172,17 @@ def _merge_part(old: Any, new: Any, place: Place, key: str, source: Source) -> A
         name = "null" if new["class_path"] is None else new["class_path"]
         if not isinstance(name, str):
             raise UserError(f"{where}: class_path must be a name or an import path, got {short(name)}")
-        target, before = find_class(name, place, where), {}
+        target, before = named_strategy(name, place) or (find_class(name, place, where), {})
     elif is_spec(old):
         target, before = target_of(old), dict(old.get("init_args") or {})
         if target is None:
             raise UserError(f"{where}: {old['class_path']} is not imported, so its arguments cannot be changed")
     else:
-        target, before = default_of(place), {}
+        target, before = named_strategy(old, place) or (default_of(place), {})
         if target is None:
             first = next(iter(arguments), "init_args") if isinstance(arguments, Mapping) else "init_args"
+            if isinstance(old, str):
+                raise UserError(f"{where}: {old!r} has no setting {first!r}: set {key} to a class first")
             raise UserError(
                 f"{where}: no class is named, so {first!r} belongs to nothing: set {key}.class_path, "
                 f"or give a --config that does"
@@ -195,6 +197,15 @@ def _merge_part(old: Any, new: Any, place: Place, key: str, source: Source) -> A
     spec = _spec(target, merged)
     kwargs = new.get("dict_kwargs") or (old.get("dict_kwargs") if "class_path" not in new and is_spec(old) else None)
     return {**spec, "dict_kwargs": kwargs} if kwargs else spec
+
+
+def _names_class(new: Any, place: Place) -> bool:
+    """Whether a text that its place would take as it is means a class: a path, or a name such as DDPStrategy."""
+    if not isinstance(new, str):
+        return False
+    name = new.rpartition(".")[2]
+    kinds = tuple(base.__name__ for base in place.bases)
+    return name.isidentifier() and name[0].isupper() and (name != new or name.endswith(kinds))
 
 
 def _append(old: Any, new: Any, hint: Any, key: str, source: Source) -> list[Any]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.normalise import Source, edit, merge
+from switchkit.cli.signatures import signature_of
 from switchkit.layers import MoEFactory, RouterFactory
 from switchkit.losses.base import LossFactory
 
@@ -123,3 +125,35 @@ def test_nothing_is_changed_in_place():
     source = edit("router.jitter", "0.1")
     merge(before, source.values["router"], RouterFactory | None, "router", source)
     assert before == {"class_path": SWITCH, "init_args": {"jitter": 0.3}}
+
+
+EP = "switchkit.strategies.ExpertParallelStrategy"
+
+
+def strategy(*sources):
+    """The strategy that is left of sources in order; the Trainer's own type."""
+    return part(*sources, hint=signature_of(Trainer).parameters["strategy"].hint, key="strategy")
+
+
+@pytest.mark.parametrize(
+    "name", ["switchkit.parallel.ExpertParallelStrategy", "ExpertParallelStrategy", "expert_parallel"]
+)
+def test_a_strategy_is_named_and_then_set(name):
+    found = strategy(("", name), (".expert_parallel_size", "2"))
+    assert found == {"class_path": EP, "init_args": {"expert_parallel_size": 2}}
+
+
+def test_a_strategy_s_name_is_left_to_lightning_unless_it_has_settings():
+    assert strategy("expert_parallel_4") == "expert_parallel_4"
+    found = strategy("expert_parallel_4", (".activation_checkpointing", "true"))
+    assert found == {"class_path": EP, "init_args": {"expert_parallel_size": 4, "activation_checkpointing": True}}
+    assert strategy("class_path: expert_parallel_2") == {"class_path": EP, "init_args": {"expert_parallel_size": 2}}
+
+
+def test_naming_a_strategy_anew_forgets_the_settings_of_the_one_before():
+    assert strategy("expert_parallel", (".expert_parallel_size", "2"), "ddp") == "ddp"
+
+
+def test_a_text_without_settings_says_so():
+    with pytest.raises(UserError, match="'auto' has no setting 'expert_parallel_size': set strategy to a class"):
+        strategy("auto", (".expert_parallel_size", "2"))
