@@ -97,6 +97,12 @@ def _parser(command: str) -> OptionParser:
     )
     add("--dtype", choices=("float16", "float32"), help="of the logarithms kept (default: float16)")
     add("--stride", type=whole, metavar="N", help="tokens from window to window of a text (default: its context)")
+    add(
+        "--draws",
+        type=whole,
+        metavar="N",
+        help="ways in which each window with holes is read, for SpanData (default: 8, or those of its data.draws)",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
     return parser
 
@@ -104,7 +110,7 @@ def _parser(command: str) -> OptionParser:
 def _check(options: Namespace) -> None:
     """Fill in the defaults, and refuse options that belong to the other use."""
     texts = {"tokenizer": "characters", "shard_tokens": SHARD_TOKENS, "held_out": 0.1}
-    asked = {"k": None, "temperature": 1.0, "dtype": "float16", "stride": None, "device": None}
+    asked = {"k": None, "temperature": 1.0, "dtype": "float16", "stride": None, "draws": None, "device": None}
     own, other = (texts, asked) if options.teacher is None else (asked, texts)
     given = [name for name in other if getattr(options, name) is not None]
     if given:

@@ -41,7 +41,7 @@ def prepare_teacher(options: Namespace) -> int:
         raise UserError(f"--teacher {options.teacher}: this is what a teacher said already; name its checkpoint")
     opened = open_all([path])[0]
     text = options.files[0] if options.files else None
-    data = data_of(opened, text, "--teacher", stage="fit", stride=options.stride)
+    data = data_of(opened, text, "--teacher", stage="fit", stride=options.stride, draws=options.draws)
     teacher = open_teacher(path)
     columns = (TextColumn("Asking the teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with stops_cleanly(), Progress(*columns, console=Console(stderr=True)) as progress:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from switchkit.data.resumable import TrainingLoader
+from switchkit.data.resumable import Attach, TrainingLoader
 from switchkit.data.tokenizers import Tokenizer
 
 __all__ = ["ResumableData", "require_positive"]
@@ -47,6 +47,8 @@ class ResumableData(L.LightningDataModule, ABC):
         self.seed = seed
         self._train: TrainingLoader[Any] | None = None
         self._position: dict[str, Any] | None = None
+        self.attach: Attach | None = None
+        """Adds to each training batch what a module learns from beside it; the module sets it, and takes it back."""
 
     @property
     @abstractmethod
@@ -80,6 +82,7 @@ class ResumableData(L.LightningDataModule, ABC):
             loader.repeat = getattr(self.trainer, "overfit_batches", 0) > 0  # set, not declared
         if position is not None:
             loader.load_state_dict(position)
+        loader.attach = self.attach
         self._train = loader
         return loader
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["TrainingLoader", "generator_of"]
+__all__ = ["Attach", "TrainingLoader", "generator_of"]
 
 Plan = TypeVar("Plan")
+Attach = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def generator_of(*parts: int | str) -> torch.Generator:
@@ -63,6 +64,7 @@ class TrainingLoader(ABC, Generic[Plan]):
         self.world_size = world_size
         self.ends_after = ends_after
         self.repeat = repeat
+        self.attach: Attach | None = None
         self._epoch = 0
         self._batch = 0
         self._continues = True
@@ -93,7 +95,8 @@ class TrainingLoader(ABC, Generic[Plan]):
         plan = self.plan(generator_of(self.seed, epoch))
         for index in range(self._batch, len(self)):
             self._batch = index + 1
-            yield self.batch(plan, index, generator_of(self.seed, epoch, index, self.rank))
+            batch = self.batch(plan, index, generator_of(self.seed, epoch, index, self.rank))
+            yield batch if self.attach is None else self.attach(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what it depends on; plain numbers and text."""

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from switchkit.data.base import require_positive
 from switchkit.data.bytes import ByteTokenizer
 from switchkit.data.corpus import CorpusData
+from switchkit.data.drawn_windows import DrawnInTurn, DrawnWindows
 from switchkit.data.mixture import Mixture
 from switchkit.data.objective_windows import ObjectiveInOrder, ObjectiveWindows
 from switchkit.data.objectives import Objective, ObjectiveFactory
@@ -37,6 +38,9 @@ class SpanData(CorpusData):
         roll: Make every place as likely to be taken out; T5 never takes the first token and always the last.
         objectives: What is learned instead of plain span corruption, each row by one of them, drawn by their weights:
             SpanCorruption, PrefixLM, CausalLM, UL2 or your own, each with its own options.
+        stride: Train on windows that begin at multiples of it, with holes that are known beforehand, as logits that a
+            teacher wrote down need; null: on windows that begin anywhere, with holes drawn anew in each epoch.
+        draws: With `stride`, sets of holes of each window; an epoch is a pass over the text for each.
         batch_size: Windows of a training batch, on each device.
         eval_batch_size: Windows of a batch in evaluation; it changes no result.
         validation_prefix: Tokens of the held-out text that validation reads while fitting; 0 or null: all of it.
@@ -60,6 +64,8 @@ class SpanData(CorpusData):
         mean_span_length: float | None = None,
         roll: bool = False,
         objectives: list[ObjectiveFactory] | None = None,
+        stride: int | None = None,
+        draws: int = 1,
         batch_size: int = 16,
         eval_batch_size: int = 32,
         validation_prefix: int | None = 32768,
@@ -67,7 +73,12 @@ class SpanData(CorpusData):
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        require_positive(inputs_length=inputs_length)
+        require_positive(inputs_length=inputs_length, stride=1 if stride is None else stride, draws=draws)
+        if draws > 1 and stride is None:
+            raise ValueError(
+                f"data.draws {draws} without data.stride: windows that begin anywhere get new holes each time; give "
+                "data.stride too, or leave data.draws out"
+            )
         super().__init__(
             path,
             batch_size=batch_size,
@@ -94,6 +105,7 @@ class SpanData(CorpusData):
         self.mean_span_length = mean_span_length
         self.roll = roll
         self.objectives = objectives
+        self.stride, self.draws = stride, draws
         self._spans = (
             0.15 if noise_density is None else noise_density,
             20.0 if mean_span_length is None else mean_span_length,
@@ -126,7 +138,9 @@ class SpanData(CorpusData):
     def needs(self) -> tuple[str, int, int]:
         return "inputs_length", self.inputs_length, self.raw_length
 
-    def train_loader(self, *, rank: int, world_size: int) -> ObjectiveWindows:
+    def train_loader(self, *, rank: int, world_size: int) -> ObjectiveWindows | DrawnInTurn:
+        if self.stride is not None:
+            return DrawnInTurn(self.examples(), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
         return ObjectiveWindows(
             self.train_tokens,
             self.objective,
@@ -136,6 +150,20 @@ class SpanData(CorpusData):
             rank=rank,
             world_size=world_size,
         )
+
+    def examples(self) -> DrawnWindows:
+        """What training reads, by number.
+
+        Raises:
+            ValueError: its windows begin anywhere, and their holes are drawn anew.
+        """
+        if self.stride is None:
+            raise ValueError(
+                "windows that begin anywhere, with holes drawn anew in each epoch, have no numbers: set data.stride, "
+                f"such as {self.raw_length}"
+            )
+        given = self.train_tokens, self.objective, self.raw_length, self.stride, self.draws
+        return DrawnWindows(*given, seed=self.seed)
 
     def evaluation_loader(self, prefix: int | None) -> ObjectiveInOrder:
         tokens = self.held_out_tokens

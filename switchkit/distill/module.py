@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from switchkit.data.base import ResumableData
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.agreement import (
     FAMILIES,
@@ -172,8 +173,10 @@ class DistillModule(LanguageModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ResumableData) and isinstance(self.teacher, StoredTeacher) and self.alpha:
+            data.attach = self.teacher.attach
         if stage == "fit" and not self._begun:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
             if not hasattr(data, "train_loader"):
                 raise ValueError(
                     f"init {self.init!r} measures the teacher on training batches: fit with a data module of "
@@ -182,6 +185,11 @@ class DistillModule(LanguageModule):
             loader = data.train_loader(rank=0, world_size=1)
             batches = [batch for _, batch in zip(range(self.init_batches), loader, strict=False)]
             self.initialize(batches)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if isinstance(data := self.trainer.datamodule, ResumableData):  # type: ignore[attr-defined]
+            data.attach = None
 
     def initialize(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Make the layers in place of mixtures of the teacher's experts, as `init` says, measured on some batches.

@@ -10,6 +10,7 @@ from typing import Any
 
 from switchkit import checkpoints
 from switchkit.data.base import ResumableData
+from switchkit.data.span_data import SpanData
 from switchkit.data.text import TextData
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.module import LanguageModule
@@ -86,6 +87,7 @@ def data_of(
     *,
     stage: str = "validate",
     stride: int | None = None,
+    draws: int | None = None,
 ) -> ResumableData:
     """The data module of a checkpoint, set up; on another text where one is named.
 
@@ -94,8 +96,10 @@ def data_of(
         text: instead of its own; null: its own.
         option: what an error calls the one that names the text.
         stage: what it is set up for.
-        stride: of windows that begin at multiples of it; null: of one as long as the context, for "fit", where the
-            data are windows.
+        stride: of windows that begin at multiples of it; null: of one as long as a window, for "fit", where the data
+            are windows.
+        draws: ways in which each window with holes is read; null: its own, or for "fit" 8 where its holes would be
+            drawn anew in each epoch: with one alone a student of many epochs would learn these holes by heart.
 
     Raises:
         ValueError: it has none, or none that reads one text.
@@ -118,12 +122,17 @@ def data_of(
         raise ValueError(
             f"{opened.path}: {type(data).__name__} is no data module of switchkit, and says not what is held out"
         )
+    kind = type(data).__name__
+    if stride is not None and not isinstance(data, (TextData, SpanData)):
+        raise ValueError(f"--stride {stride}: the data of {opened.path}, {kind}, are no windows of a text")
+    if draws is not None and not isinstance(data, SpanData):
+        raise ValueError(f"--draws {draws}: the data of {opened.path}, {kind}, have no holes that are drawn")
     if isinstance(data, TextData):
         data.stride = stride or data.stride or (data.context if stage == "fit" else None)
-    elif stride is not None:
-        raise ValueError(
-            f"--stride {stride}: the data of {opened.path}, {type(data).__name__}, are no windows of a text"
-        )
+    if isinstance(data, SpanData):
+        if stage == "fit":
+            data.draws = draws or (8 if data.stride is None else data.draws)
+        data.stride = stride or data.stride or (data.raw_length if stage == "fit" else None)
     data.prepare_data()
     data.setup(stage)
     return data

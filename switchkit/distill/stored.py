@@ -20,9 +20,11 @@ from switchkit.distill.loss import TopK
 from switchkit.spec import build
 from switchkit.twins import net_of
 
-__all__ = ["FILES", "FORMAT_VERSION", "INDEX", "StoredIndex", "StoredTeacher", "digests", "is_stored"]
+__all__ = ["FILES", "FORMAT_VERSION", "INDEX", "WORDS", "StoredIndex", "StoredTeacher", "digests", "is_stored"]
 
 INDEX = "teacher.json"
+WORDS = ("teacher_log_probs", "teacher_ids", "teacher_log_rest")
+"""What a batch carries of a teacher: the parts of a `TopK`."""
 FORMAT_VERSION = 1
 FILES = ("log_probs.npy", "ids.npy", "log_rest.npy", "offsets.npy", "digests.npy", "non_expert.pt")
 AGAIN = "; write the folder again with `switchkit prepare --teacher`"
@@ -136,10 +138,10 @@ class StoredTeacher:
         found: dict[str, Tensor] = torch.load(self.folder / "non_expert.pt", map_location="cpu", weights_only=True)
         return found
 
-    def lookup(self, batch: Mapping[str, Tensor]) -> TopK:
-        """What it said of the examples of a batch, on the batch's device; zeros for padding.
+    def attach(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with what it said of its examples, under the names of `WORDS`; zeros for padding.
 
-        It is read on the CPU, which waits for a GPU to be done with the step before.
+        It is read on the CPU, for a batch that is still there: that of one on a GPU would wait for its step to end.
 
         Raises:
             ValueError: the batch does not say which examples these are, or they are not those that were written down.
@@ -147,7 +149,7 @@ class StoredTeacher:
         if "example" not in batch:
             raise ValueError(
                 "these batches do not say which examples they hold, so nothing can be looked up for them: with "
-                f"TextData set data.stride to that of {self.folder}, or give the teacher's checkpoint"
+                f"TextData and SpanData set data.stride to that of {self.folder}, or give the teacher's checkpoint"
             )
         number = batch["example"].cpu().numpy()
         valid = _valid(batch)
@@ -159,13 +161,17 @@ class StoredTeacher:
         start = torch.from_numpy(self._offsets[number])
         rows = (start[:, None] + valid.cumsum(1) - 1).clamp(min=0, max=self.index.tokens - 1).numpy()
         probs, rest = torch.from_numpy(self._log_probs[rows]), torch.from_numpy(self._log_rest[rows])
-        ids = torch.from_numpy(self._ids[rows].astype(np.int64))
+        ids = torch.from_numpy(self._ids[rows].astype(np.int32))
         gone, device = ~valid, batch["targets"].device
-        return TopK(
-            probs.masked_fill(gone.unsqueeze(-1), 0).to(device),
-            ids.masked_fill(gone.unsqueeze(-1), 0).to(device),
-            rest.masked_fill(gone, 0).to(device),
-        )
+        padded = gone.unsqueeze(-1)
+        found = probs.masked_fill(padded, 0), ids.masked_fill(padded, 0), rest.masked_fill(gone, 0)
+        return {**batch, **{name: part.to(device) for name, part in zip(WORDS, found, strict=True)}}
+
+    def lookup(self, batch: Mapping[str, Tensor]) -> TopK:
+        """What it said of the examples of a batch: what the batch carries, or what is read now, see `attach`."""
+        carried = batch if WORDS[0] in batch else self.attach(batch)
+        probs, ids, rest = (carried[name] for name in WORDS)
+        return TopK(probs, ids.long(), rest)
 
     def _refuse(self, why: str) -> None:
         raise ValueError(

@@ -44,7 +44,7 @@ def store(
 
     Every token takes k logarithms of probabilities and ids and one more logarithm: at k 64 in float16 with a vocabulary
     of up to 65,536 symbols 258 bytes. What a decoder says of a token depends on where its window begins, so the data
-    must have examples that can be numbered: pairs, or windows at a stride. Spans that are drawn anew have none.
+    must have examples that can be numbered: pairs, or windows at a stride, with holes that are known beforehand.
 
     Args:
         teacher: who is asked, in the precision that it has.
@@ -70,8 +70,8 @@ def store(
         raise ValueError(f"this teacher's words on an example depend on what is beside it ({why}): distil from it live")
     if not hasattr(data, "examples"):
         raise ValueError(
-            f"{type(data).__name__} draws its examples anew in every epoch, so that nothing can be written down for "
-            "them: distil from the teacher's checkpoint"
+            f"the examples of {type(data).__name__} have no numbers, so that nothing can be written down for them: "
+            "distil from the teacher's checkpoint"
         )
     examples = data.examples()
     size = data.eval_batch_size

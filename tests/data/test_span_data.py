@@ -307,3 +307,73 @@ def test_a_checkpoint_can_describe_it(file: str) -> None:
         {"class_path": "switchkit.data.mixture.UL2", "init_args": {}},
     ]
     assert written["init_args"]["inputs_length"] == 32
+
+
+# -- holes that are known beforehand -----------------------------------------------------------------------------------
+
+
+def numbered(file: str, **changes: Any) -> SpanData:
+    source = span_data(file, **{"stride": 30, "draws": 3, **changes})
+    source.setup("fit")
+    return source
+
+
+def test_a_pass_has_each_window_once_in_one_of_its_ways(file):
+    """Whole windows come back from what is read and written; way d of a window is the same in every epoch and batch."""
+    source = numbered(file)
+    examples, loader = source.examples(), source.train_loader(rank=0, world_size=1)
+    raw, tokens = source.raw_length, source.train_tokens
+    assert examples.windows == (len(tokens) - raw) // 30 + 1
+    assert len(examples) == 3 * examples.windows
+    steps = examples.windows // 8
+    assert len(loader) == 3 * steps
+    first, second = list(loader), list(loader)
+    for way in range(3):
+        numbers = torch.cat([batch["example"] for batch in first[way * steps : (way + 1) * steps]])
+        assert ((numbers >= way * examples.windows) & (numbers < (way + 1) * examples.windows)).all()
+        assert len(set(numbers.tolist())) == 8 * steps
+    assert not torch.equal(first[0]["example"], second[0]["example"])
+    known: dict[int, list[Any]] = {}
+    for batch in [*first, *second]:
+        rows = zip(*(batch[name].tolist() for name in ("example", "source", "targets")), strict=True)
+        for number, read, wrote in rows:
+            assert known.setdefault(number, [read, wrote]) == [read, wrote]
+    for number, (read, wrote) in known.items():
+        begin = number % examples.windows * 30
+        found = reconstruct(torch.tensor(read), torch.tensor(wrote), source.objective.sentinels, eos_id=BYTES.eos_id)
+        assert torch.equal(found, tokens[begin : begin + raw])
+    ways = [known[n] for n in known if n % examples.windows == 5]
+    assert len(ways) == 3
+    assert ways[0] != ways[1] != ways[2]
+
+
+def test_numbered_windows_are_shared_out_and_resumed(file):
+    source = numbered(file)
+    whole = list(source.train_loader(rank=0, world_size=1))
+    halves = [list(numbered(file, batch_size=4).train_loader(rank=rank, world_size=2)) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        for name, value in batch.items():
+            assert torch.equal(value, torch.cat([part[name] for part in parts]))
+    loader = source.train_loader(rank=0, world_size=1)
+    read = iter(loader)
+    _ = [next(read) for _ in range(5)]
+    again = numbered(file).train_loader(rank=0, world_size=1)
+    again.load_state_dict(loader.state_dict())
+    for batch, expected in zip(again, whole[5:], strict=True):
+        assert torch.equal(batch["source"], expected["source"])
+    with pytest.raises(ValueError, match=r"ways of each window \(draws\): 3 in the checkpoint, 2 now"):
+        numbered(file, draws=2).train_loader(rank=0, world_size=1).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stride": None}, "data.draws 3 without data.stride"),
+        ({"stride": 0}, "data.stride 0 is not possible"),
+        ({"draws": 0}, "data.draws 0 is not possible"),
+        ({"batch_size": 500}, "fewer than the 500 of a step; lower batch_size or stride"),
+    ],
+)
+def test_numbered_windows_that_cannot_be(file, changes, message):
+    with pytest.raises(ValueError, match=message):
+        numbered(file, **changes).train_loader(rank=0, world_size=1)

@@ -6,16 +6,17 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pupils import pairs, student, t5_teacher, teacher
-from small import NET, data, trainer, weights
+from small import NET, data, text_file, trainer, weights
 
 from switchkit import DistillModule, ExpertChoice, MoELayer, SpanData, checkpoints
 from switchkit.data.loader import Windows
-from switchkit.distill.stored import FILES, StoredTeacher
+from switchkit.distill.stored import FILES, WORDS, StoredTeacher
 from switchkit.distill.storing import store
 from switchkit.distill.teacher import open_teacher
 
@@ -85,6 +86,58 @@ def test_pairs_are_examples_too(tmp_path):
     stored.net.load_state_dict(live.net.state_dict())
     for one, other in zip(steps(live, source), steps(stored, source), strict=True):
         assert other["divergence"].item() == pytest.approx(one["divergence"].item(), abs=1e-6)
+
+
+def spans(folder: Path, **more) -> SpanData:
+    """Windows of 44 bytes of the small text, with holes known beforehand."""
+    options = {"inputs_length": 40, "mean_span_length": 3.0, "batch_size": 4, "stride": 20, "draws": 2, **more}
+    found = SpanData(str(text_file(folder)), **options)
+    found.setup("fit")
+    return found
+
+
+def test_text_with_holes(tmp_path):
+    """The words belong to the very holes that the student reads, in each of their ways, in every epoch."""
+    taught, source = t5_teacher(tmp_path), spans(tmp_path)
+    store(open_teacher(taught), source, tmp_path / "words", k=384, dtype="float32")
+    given = {"tokenizer": source.tokenizer, "warmup_steps": 1}
+    live, stored = (DistillModule(teacher=teacher, **given) for teacher in (taught, tmp_path / "words"))
+    stored.net.load_state_dict(live.net.state_dict())
+    for one, other in zip(steps(live, source), steps(stored, source), strict=True):
+        assert other["divergence"].item() == pytest.approx(one["divergence"].item(), abs=1e-6)
+    trainer(tmp_path, steps=2 * len(source.train_loader(rank=0, world_size=1)) + 1).fit(stored.train(), source)
+    for other in ({"seed": 1}, {"draws": 3}, {"stride": 19}, {"noise_density": 0.3}):
+        changed = spans(tmp_path, **other)
+        with pytest.raises(ValueError, match="was written for other training data"):
+            steps(stored, changed)
+
+
+def test_words_are_read_before_a_batch_moves(tmp_path, monkeypatch):
+    """With the data: the step itself reads no file, and evaluation asks for none."""
+    teacher(tmp_path)
+    pupil = student(tmp_path, teacher=written(tmp_path, 4))
+    attach, learn, seen = StoredTeacher.attach, DistillModule._learn, []
+
+    def watched(self, batch):
+        with monkeypatch.context() as patch:
+            patch.setattr(StoredTeacher, "attach", lambda *given: pytest.fail("a file was read within the step"))
+            seen.append({name: list(batch[name].shape) for name in WORDS})
+            return learn(self, batch)
+
+    reads = []
+    monkeypatch.setattr(StoredTeacher, "attach", lambda self, batch: reads.append(1) or attach(self, batch))
+    monkeypatch.setattr(DistillModule, "_learn", watched)
+    source = data(tmp_path, stride=8)
+    trainer(tmp_path, steps=8).fit(pupil, source)
+    # The data are as they were for whoever reads them next.
+    assert WORDS[0] not in next(iter(source.train_dataloader()))
+    shapes = ([4, 8, 4], [4, 8, 4], [4, 8])
+    assert seen == [dict(zip(WORDS, shapes, strict=True))] * 8
+    assert len(reads) == 8
+    monkeypatch.undo()
+    plain = student(tmp_path, teacher=tmp_path / "words4", alpha=0.0)
+    monkeypatch.setattr(StoredTeacher, "attach", lambda *given: pytest.fail("nobody asked"))
+    trainer(tmp_path, steps=1).fit(plain, data(tmp_path, stride=8))
 
 
 def test_a_student_of_words_alone(tmp_path):
@@ -210,9 +263,10 @@ def test_who_and_what_cannot_be_written_down(tmp_path):
     anywhere = data(tmp_path)
     with pytest.raises(ValueError, match="windows that begin anywhere have no numbers"):
         store(asked, anywhere, out, k=2)
-    spans = SpanData(str(tmp_path / "text.txt"))
-    with pytest.raises(ValueError, match="SpanData draws its examples anew"):
-        store(asked, spans, out, k=2)
+    with pytest.raises(ValueError, match="holes drawn anew in each epoch, have no numbers: set data.stride, such as"):
+        store(asked, spans(tmp_path, stride=None, draws=1), out, k=2)
+    with pytest.raises(ValueError, match="the examples of SimpleNamespace have no numbers"):
+        store(asked, SimpleNamespace(), out, k=2)
     choosy = teacher(tmp_path, net=partial(NET, allow_leak=True), moe=partial(MoELayer, router=ExpertChoice))
     with pytest.raises(ValueError, match="depend on what is beside it"):
         store(open_teacher(choosy), source, out, k=2)
