@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,6 +30,7 @@ from switchkit.parallel.place import state_like
 from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.spec import build, describe, describe_object
+from switchkit.start import begin, later
 from switchkit.step import MicroBatch, Seen, gradient_scale, weighted_means
 
 __all__ = ["LanguageModule", "NonFiniteError", "StepCallback"]
@@ -139,7 +141,9 @@ class LanguageModule(L.LightningModule):
         }
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
         self.vocab_size = size
-        self.net = (net or Decoder)(vocab_size=size, moe=moe)
+        # Within `later` a model without memory, and what draws its values; a subclass may look at them.
+        with later(False) if type(self) is not LanguageModule else nullcontext():
+            self.net, self.start = begin(partial(net or Decoder, vocab_size=size, moe=moe))
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
         self.optimizer: OptimizerFactory = optimizer or partial(
             torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
@@ -420,6 +424,12 @@ class LanguageModule(L.LightningModule):
 
         Of whole tensors a sharded model takes its parts.
         """
+        if self.start is not None and not assign:
+            raise ValueError(
+                "this model was built without memory (init_module(empty_init=True)), and has no place for weights yet: "
+                "build it without empty_init, or give the Trainer ckpt_path"
+            )
+        self.start = None
         own = self.state_dict()
         missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         shared = [(n, list(state_dict[n].shape), list(own[n].shape)) for n in own if n in state_dict]
@@ -444,7 +454,8 @@ class LanguageModule(L.LightningModule):
         factory = build(content["switchkit"]["model"])
         if not issubclass(factory.func, cls):
             raise ValueError(f"{checkpoint_path} holds a {full_path(factory.func)}, which is no {cls.__name__}")
-        module = factory(**arguments)
+        with later(False):
+            module = factory(**arguments)
         module.load_state_dict(content["state_dict"])
         module.on_load_checkpoint(content)
         return module.to(map_location)

@@ -32,9 +32,11 @@ from switchkit.parallel.exchange import Exchange
 from switchkit.parallel.experts import shard_experts, stacked
 from switchkit.parallel.mesh import Layout, Meshes, check_experts, layout
 from switchkit.parallel.norm import clip_norm
-from switchkit.parallel.place import part_like, state_like
+from switchkit.parallel.place import part_like, part_of, state_like
+from switchkit.registry import resolve
+from switchkit.start import Start, later
 
-__all__ = ["ExpertParallelStrategy", "parallelize"]
+__all__ = ["ExpertParallelStrategy", "draws_by_parts", "parallelize"]
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -44,8 +46,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     (`Exchange`). Each device reads its own share of the data. Gradients, clipped norm and losses are those of one
     process on all of it. Checkpoints are folders that any number of devices, and any sizes, can load.
 
-    The model is built whole in the memory of every process, takes the values of the first one, and is cut up from
-    there, so that what it starts with does not depend on the layout. Mixed precision is Lightning's ``precision``.
+    What a model starts with does not depend on the layout: it has the values that the first process drew, those of a
+    run on one device with the same seed. ``switchkit fit`` (and ``with trainer.init_module(empty_init=True)`` around
+    a `LanguageModule`) builds it without memory; the values are drawn block by block, and each process keeps its part.
+    A model that is built before in another way is whole in the memory of every process, and is cut up from there.
+    Mixed precision is Lightning's ``precision``.
 
     Args:
         expert_parallel_size: devices that share out the experts of a layer; 1 is plain FSDP2. It divides the devices of
@@ -88,6 +93,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Nothing: the names are registered below, with this module."""
 
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """With `empty_init`, a `LanguageModule` gets shapes only; `setup` draws the values, and each device its part.
+
+        Lightning's meta device would lose them.
+        """
+        with later() if empty_init else super().tensor_init_context(empty_init):
+            yield
+
     # -- processes -----------------------------------------------------------------------------------------------
 
     @property
@@ -119,6 +133,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert module is not None
         _warn_of_batches(module, self.world_size)
         parallelize(module, self.meshes, self.root_device, self.activation_checkpointing)
+        if isinstance(start := getattr(module, "start", None), Start):
+            module.net.to_empty(device=self.root_device)
+            start.draw(module.net, partial(_take_part, self.root_device))
+            module.start = None
         self.model_to_device()
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -207,7 +225,8 @@ def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpo
             check_experts(name, part.num_experts, shares)
             stacked(name, part.experts)
     for tensor in [*module.parameters(), *module.buffers()]:
-        _take_from_first(tensor.data, device)
+        if not tensor.is_meta:
+            _take_from_first(tensor.data, device)
     for name, part in list(module.named_modules()):
         if isinstance(part, MoELayer) and shares > 1:
             shard_experts(name, part.experts, meshes.expert)
@@ -229,6 +248,16 @@ def _take_from_first(tensor: Tensor, device: torch.device) -> None:
     there = tensor.to(device)
     dist.broadcast(there, 0)
     tensor.copy_(there)
+
+
+def _take_part(device: torch.device, value: Tensor, own: Tensor) -> None:
+    """This process's part of the first one's value."""
+    there = value.to(device)
+    dist.broadcast(there, 0)
+    if isinstance(own, DTensor):
+        own.to_local().copy_(part_of(there, own))
+    else:
+        own.copy_(there)
 
 
 def _warn_of_batches(module: nn.Module, world: int) -> None:
@@ -262,6 +291,16 @@ def _sharded(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
             for name, value in entries.items()
         }
     return {**state, "state": found}
+
+
+def draws_by_parts(strategy: Any) -> bool:
+    """Whether a Trainer's ``strategy``, by name or as settings, is one whose models are built without memory."""
+    if isinstance(strategy, str):
+        # Its `get` would make one, which some cannot be without their library.
+        found = dict(StrategyRegistry).get(strategy.lower(), {}).get("strategy")
+    else:
+        found = resolve(getattr(strategy, "class_path", ""))
+    return isinstance(found, type) and issubclass(found, ExpertParallelStrategy)
 
 
 def _destroy() -> None:

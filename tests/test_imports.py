@@ -31,6 +31,7 @@ ROWS = [
         "generation",
         "origin",
         "step",
+        "start",
         "strategies",
         "ddp",
         "convert",

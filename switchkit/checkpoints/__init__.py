@@ -1,7 +1,7 @@
 """Checkpoint files: written whole or not at all, read without running code, found again."""
 
 from switchkit.checkpoints.content import FORMAT_VERSION, check_classes
-from switchkit.checkpoints.folder import read_folder, write_folder
+from switchkit.checkpoints.folder import outline, read_folder, read_tensor, write_folder
 from switchkit.checkpoints.reading import intact, last, read, read_settings
 from switchkit.checkpoints.writing import AtomicCheckpointIO
 
@@ -11,8 +11,10 @@ __all__ = [
     "check_classes",
     "intact",
     "last",
+    "outline",
     "read",
     "read_folder",
     "read_settings",
+    "read_tensor",
     "write_folder",
 ]

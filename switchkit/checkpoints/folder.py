@@ -17,7 +17,7 @@ from switchkit.checkpoints.content import content_of
 from switchkit.files import put, sync_folder
 from switchkit.parallel import shards
 
-__all__ = ["read_folder", "write_folder"]
+__all__ = ["outline", "read_folder", "read_tensor", "write_folder"]
 
 META = "meta.pt"
 
@@ -84,6 +84,28 @@ def read_folder(path: Path, targets: Mapping[str, Tensor] | None = None) -> dict
             filled[name] = torch.empty_like(like, dtype=dtype)
     shards.read_tensors(path, filled, alone=alone)
     return _join(content, filled)
+
+
+def outline(path: Path) -> dict[str, Any]:
+    """The content of a sharded checkpoint without its optimizers, its model's sharded tensors as shapes ("meta").
+
+    Raises:
+        ValueError: a damaged folder, or one that switchkit did not write.
+    """
+    content = read_folder(path, {})
+    content.pop("optimizer_states", None)
+    for name, (size, dtype) in shards.tensors_in(path).items():
+        if name.startswith("model/"):
+            content["state_dict"][name.removeprefix("model/")] = torch.empty(size, dtype=dtype, device="meta")
+    return content
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One sharded tensor of the model, whole, of a folder that `outline` found right."""
+    size, dtype = shards.tensors_in(path)[f"model/{name}"]
+    tensor = torch.empty(size, dtype=dtype)
+    shards.read_tensors(path, {f"model/{name}": tensor}, alone=True)
+    return tensor
 
 
 def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

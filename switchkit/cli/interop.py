@@ -76,14 +76,16 @@ def _export(command: str, argv: Sequence[str]) -> int:
     from switchkit import checkpoints
     from switchkit.interop.documents import read_object
     from switchkit.interop.exporting import export_hf
-    from switchkit.interop.files import open_checkpoint
+    from switchkit.interop.files import open_stored
 
     path = Path(options.checkpoint).expanduser()
     if options.checkpoint == "last":
         path = checkpoints.last(Path(options.default_root_dir))
-    module = open_checkpoint(path)
+    module, read = open_stored(path)
     like = None if options.like is None else read_object(Path(options.like).expanduser() / "config.json")
-    family = export_hf(module, options.out, family=options.family, like=like, shard_size=options.max_shard_size)
+    family = export_hf(
+        module, options.out, family=options.family, like=like, shard_size=options.max_shard_size, read=read
+    )
     say(f"{family}, {_told(module)}: wrote {options.out}")
     return 0
 

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
+from switchkit import __version__, checkpoints, strategies
 from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
@@ -33,6 +33,8 @@ from switchkit.cli.settings import compose
 from switchkit.ddp import use_for_ddp
 from switchkit.module import LanguageModule
 from switchkit.origin import carried
+from switchkit.registry import full_path
+from switchkit.start import later
 
 __all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
 
@@ -169,10 +171,19 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.keep_memory:
             keep_memory()
         try:
-            super().instantiate_classes()
+            with later(self._drawn_by_parts):
+                super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise _unwrapped(error) from None
         self._begin_from()
+
+    @property
+    def _drawn_by_parts(self) -> bool:
+        """Whether each process gets its parts of the model only; not if weights are loaded before the Trainer runs."""
+        begins = self.settings.get("init_from") is not None and self.settings.get("ckpt_path") is None
+        # One of another class may look at its weights, or read those of a teacher.
+        own = self.settings.model.class_path == full_path(LanguageModule)
+        return self.execute and own and not begins and strategies.draws_by_parts(self.settings.trainer.strategy)
 
     def _begin_from(self) -> None:
         """Load the weights that ``--init_from`` names, unless the run goes on from a checkpoint of its own."""

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def export_hf(
     family: str | None = None,
     like: Mapping[str, Any] | None = None,
     shard_size: int = SHARD_SIZE,
+    read: Callable[[str], Tensor] | None = None,
 ) -> str:
     """Write a model as transformers saves one, which `from_pretrained` reads; returns the family.
 
@@ -62,6 +64,9 @@ def export_hf(
         like: a config.json that says what a model does not know, the ids of special tokens; null: that of the files
             it was imported from, or else the tokenizer's.
         shard_size: bytes of a file; more weights make several files and an index.
+        read: of a module that has shapes only: reads one tensor by its name in ``state_dict()`` (see
+            `switchkit.interop.files.open_stored`). Those of one file, and the one that was read last, are held at a
+            time. null: the module has its weights.
 
     Raises:
         ValueError: a folder that is not empty, no family that computes the same (says what differs), an unknown family,
@@ -87,7 +92,7 @@ def export_hf(
         _write_json(temporary / "generation_config.json", _generation(config, kept))
         if isinstance(module.tokenizer, FileTokenizer):
             (temporary / "tokenizer.json").write_text(module.tokenizer.text, encoding="utf-8")
-        _write_tensors(temporary, table, own, shard_size, save_file)
+        _write_tensors(temporary, table, own, shard_size, save_file, read)
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)
@@ -172,9 +177,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_tensors(
-    folder: Path, table: Sequence[Keys], own: Mapping[str, Tensor], shard_size: int, save_file: Any
+    folder: Path,
+    table: Sequence[Keys],
+    own: Mapping[str, Tensor],
+    shard_size: int,
+    save_file: Any,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """All tensors, in as many files as it takes; only those of one file are copied at a time."""
+    # The experts of a layer come from one tensor of ours, one after the other: it is read once.
+    whole = own.__getitem__ if read is None else lru_cache(maxsize=1)(lambda name: read(f"net.{name}"))
     shards: list[list[tuple[str, Keys, int]]] = [[]]
     held = total = 0
     for name, keys, index in _places(table):
@@ -187,7 +199,7 @@ def _write_tensors(
     files = [SINGLE] if len(shards) == 1 else [_shard(i + 1, len(shards)) for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
         tensors = {
-            name: keys.split(own[keys.ours], index).detach().cpu().clone(memory_format=torch.contiguous_format)
+            name: keys.split(whole(keys.ours), index).detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, keys, index in shard
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from switchkit import checkpoints
 from switchkit.module import LanguageModule
 from switchkit.registry import full_path
 from switchkit.spec import OnMeta, build
 
-__all__ = ["open_checkpoint", "save_checkpoint"]
+__all__ = ["open_checkpoint", "open_stored", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -62,7 +63,29 @@ def open_checkpoint(path: str | Path) -> LanguageModule:
     Raises:
         ValueError: see `LanguageModule.load_from_checkpoint`.
     """
-    content = checkpoints.read(path)
+    return _opened(checkpoints.read(path), path)
+
+
+def open_stored(path: str | Path) -> tuple[LanguageModule, Callable[[str], Tensor]]:
+    """The model of a checkpoint, and what reads one of its tensors, by its name in ``state_dict()``.
+
+    Of a sharded checkpoint the model has shapes only ("meta"), and a tensor is read when it is asked for; a single file
+    is read at once.
+
+    Raises:
+        ValueError: see `LanguageModule.load_from_checkpoint`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        module = open_checkpoint(path)
+        return module, module.state_dict().__getitem__
+    content = checkpoints.outline(path)
+    # Buffers are the same in all processes, and are there already.
+    here = {name: value for name, value in content["state_dict"].items() if not value.is_meta}
+    return _opened(content, path), lambda name: here[name] if name in here else checkpoints.read_tensor(path, name)
+
+
+def _opened(content: Mapping[str, Any], path: str | Path) -> LanguageModule:
     factory = build(content["switchkit"]["model"])
     if not issubclass(factory.func, LanguageModule):
         raise ValueError(f"{path} holds a {full_path(factory.func)}, which is no LanguageModule")

@@ -9,17 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["part_like", "state_like"]
+__all__ = ["part_like", "part_of", "state_like"]
 
 
-def part_like(whole: Tensor, like: DTensor) -> DTensor:
-    """The whole tensor, sharded as `like` is; its dtype stays."""
+def part_of(whole: Tensor, like: DTensor) -> Tensor:
+    """The part of the whole tensor that this process holds where it is sharded as `like` is; a view."""
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     part = whole
     for dimension, (size, start) in enumerate(zip(shape, offset, strict=True)):
         # A process beyond the last row has none.
         part = part.narrow(dimension, min(start, part.shape[dimension]), size)
-    local = part.contiguous().clone().to(like.device)
+    return part
+
+
+def part_like(whole: Tensor, like: DTensor) -> DTensor:
+    """The whole tensor, sharded as `like` is; its dtype stays."""
+    local = part_of(whole, like).contiguous().clone().to(like.device)
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
