@@ -370,6 +370,8 @@ def test_on_a_device() -> None:
         (["--new_tokens", "0"], "--new_tokens: expected an integer of at least 1"),
         (["--json", "no/such/folder.json"], "--json no/such/folder.json"),
         (["--dtype", "fp8"], "fp32"),
+        (["--distributed", "0"], "--distributed: expected an integer of at least 1"),
+        (["--distributed", "2", "--recipe", "tiny_shakespear"], "Did you mean 'tiny_shakespeare'?"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

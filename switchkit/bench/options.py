@@ -21,6 +21,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse(argv)
     if options.recipe is not None and not options.with_recipe:
         raise UserError("switchkit bench: --recipe and --no-recipe contradict each other; give one of them")
+    if options.distributed is not None:
+        # A table of its own: the others are about one process.
+        options.with_layer = options.with_routers = options.with_recipe = options.with_generation = False
+        return options
     wanted = (options.with_layer, options.with_routers, options.with_recipe, options.with_generation, options.memory)
     if not any(wanted):
         raise UserError(
@@ -47,7 +51,12 @@ def _parser() -> OptionParser:
     add("--dtype", choices=("fp32", "bf16"), help="of layers and inputs (default: fp32 on a CPU, bf16 on a GPU)")
     positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     add("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 25, and for 3 seconds at least)")
-    add("--threads", type=positive, metavar="N", help="of torch on the CPU (default: as torch finds it)")
+    add(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="of torch on the CPU (default: as torch finds it; 1 for each of several processes)",
+    )
     add("--memory", action="store_true", help="also show how memory grows with the tokens of one sequence")
     add(
         "--peers",
@@ -65,6 +74,13 @@ def _parser() -> OptionParser:
         default=200,
         metavar="N",
         help="training steps with Lightning and without, to tell its share (default: %(default)s)",
+    )
+    add(
+        "--distributed",
+        type=positive,
+        metavar="N",
+        help="measure this alone: the training step of --recipe in N processes (gloo; NCCL where there are N GPUs), by "
+        "ddp, FSDP2 and expert parallelism, against one process on the same batch",
     )
     add("--no-seq2seq", dest="with_seq2seq", action="store_false", help="with --peers: leave out the encoder-decoder")
     add("--no-generation", dest="with_generation", action="store_false", help="leave out tokens/s of generation")

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         found: dict[str, Any] = {"command": command, "machine": machine.describe(device, kept)}
         _show(out, tables.machine(found["machine"]))
         found["layers"], found["routers"], found["memory"], found["recipe"] = [], None, [], None
-        found["generation"], found["seq2seq"] = [], []
+        found["generation"], found["seq2seq"], found["distributed"] = [], [], None
         if options.with_layer:
             for shape in shapes:
                 found["layers"].append(measure(shape, setup))
@@ -66,6 +66,14 @@ def run(options: argparse.Namespace, command: str) -> int:
             for shape in shapes:
                 found["memory"].append(growth(shape, setup))
                 _show(out, tables.growth(found["memory"][-1]))
+        if options.distributed is not None:
+            from switchkit.bench import distributed
+
+            recipe = options.recipe or "tiny_shakespeare"
+            found["distributed"] = distributed.measure(
+                recipe, device, options.distributed, options.rounds, options.threads
+            )
+            _show(out, tables.distributed(found["distributed"]))
         if options.with_recipe:
             # Lightning and its command line take seconds to import.
             from switchkit.bench import step

@@ -24,7 +24,7 @@ from switchkit.metrics import cross_entropy
 from switchkit.module import LanguageModule
 from switchkit.twins import dense_spec
 
-__all__ = ["Bare", "measure", "read", "twin_of"]
+__all__ = ["Bare", "found_recipe", "measure", "pool", "read", "twin_of"]
 
 POOL = 16
 """Batches that the steps go through in turn; drawing them is not measured."""
@@ -63,19 +63,19 @@ def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> 
         UserError: a recipe that does not exist, has no sparse layer, or trains in a way that is not measured here.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
-        sparse = read(["--config", _found(name)], device, folder)
+        sparse = read(["--config", found_recipe(name)], device, folder)
         twin = read(twin_of(name, sparse.module), device, folder)
         context = sparse.data.context
         counts, dense_counts = count(sparse.module.net, context), count(twin.module.net, context)
-        pool = _pool(sparse, device)
-        tokens = pool[0]["tokens"].numel()
+        batches_of = pool(sparse, device)
+        tokens = batches_of[0]["tokens"].numel()
         runs = {}
         for label, recipe in (("sparse", sparse), ("dense", twin)):
-            bare, batches = Bare(copy.deepcopy(recipe.module), recipe.trainer), itertools.cycle(pool)
+            bare, batches = Bare(copy.deepcopy(recipe.module), recipe.trainer), itertools.cycle(batches_of)
             runs[label] = lambda bare=bare, batches=batches: bare(next(batches))
         timings = interleave(runs, clock_of(device), rounds)
         overheads = [
-            compare(sparse, Bare(copy.deepcopy(sparse.module), sparse.trainer), pool, steps, folder, saves=saves)
+            compare(sparse, Bare(copy.deepcopy(sparse.module), sparse.trainer), batches_of, steps, folder, saves=saves)
             for saves in (False, True)
         ]
     return {
@@ -133,7 +133,7 @@ def twin_of(name: str, module: LanguageModule) -> list[str]:
     layers = [layer for layer in module.net.modules() if isinstance(layer, MoELayer)]
     if not layers:
         raise UserError(f"--recipe {name}: this model is dense; give a recipe with sparse layers")
-    path = Path(_found(name))
+    path = Path(found_recipe(name))
     beside = path.with_name(f"{path.stem}_dense{path.suffix}")
     if beside.is_file():
         return ["--config", str(beside)]
@@ -142,14 +142,16 @@ def twin_of(name: str, module: LanguageModule) -> list[str]:
     return ["--config", str(path), f"--model.net={json.dumps(dense)}", "--model.moe=null", "--model.losses=[]"]
 
 
-def _found(name: str) -> str:
+def found_recipe(name: str) -> str:
+    """The path of a recipe that ``--recipe`` names."""
     try:
         return str(find_config(name))
     except UserError as error:
         raise UserError(str(error).replace("--config", "--recipe", 1)) from None
 
 
-def _pool(recipe: Recipe, device: torch.device) -> list[dict[str, Tensor]]:
+def pool(recipe: Recipe, device: torch.device) -> list[dict[str, Tensor]]:
+    """The first batches of a recipe, on the device."""
     recipe.data.prepare_data()
     recipe.data.setup("fit")
     batches = itertools.islice(recipe.data.train_dataloader(), POOL)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from switchkit.report.tables import rows_table
 
-__all__ = ["generation", "growth", "layer", "machine", "recipe", "routers", "seq2seq"]
+__all__ = ["distributed", "generation", "growth", "layer", "machine", "recipe", "routers", "seq2seq"]
 
 Figures = Mapping[str, Any]
 
@@ -135,6 +135,38 @@ def generation(found: Figures) -> RenderableType:
         f"{found['d_model']}: {found['parameters']:,} parameters, random weights, one sequence."
     )
     return table
+
+
+def distributed(found: Figures) -> RenderableType:
+    """A training step in several processes, against one."""
+    count, threads = found["processes"], found["threads"]
+    title = (
+        f"training step of {found['recipe']} in {count} process{'es' if count > 1 else ''} ({found['backend']}), "
+        f"{found['tokens_per_step']:,} tokens in all, {found['rounds']} rounds"
+    )
+    columns = ["x one process", "middle half", "ms", "under way", "sent MiB", "collectives"]
+    table = _table(title, "", *columns)
+    for row in found["rows"]:
+        low, high = row["quartiles"]
+        cells = [f"[bold]{row['ratio']:.2f}[/]", f"{low:.2f} - {high:.2f}", f"{row['ms']:.1f}"]
+        if "under_way" in row:
+            cells += [f"{row['under_way']:.0%}", f"{row['sent_bytes'] / 2**20:.3g}", f"{row['collectives']}"]
+        table.add_row(row["name"], *cells)
+    alone = "one GPU" if found["backend"] == "nccl" else f"{threads['alone']} threads"
+    each = "a GPU" if found["backend"] == "nccl" else f"{threads['each']} thread{'s' if threads['each'] > 1 else ''}"
+    table.caption = (
+        f"x one process: medians, against one process with {alone} on the same batch; the others have {each} each. "
+        "Under way: share of the step in which some collective was, waiting included (torch.profiler). Sent: by each "
+        "process in a step, as the algorithms of least traffic send it. Without Lightning's loop, log and checkpoints."
+    )
+    return _noted(
+        table,
+        [
+            f"{row['name']}: not counted: {', '.join(row['not_counted'])}"
+            for row in found["rows"]
+            if row.get("not_counted")
+        ],
+    )
 
 
 def seq2seq(found: Figures) -> RenderableType:

@@ -67,14 +67,25 @@ def a_router(*, d_model: int, num_experts: int) -> Router:
 """
 
 
+@pytest.fixture(scope="session")
+def written() -> Callable[[Path], Path]:
+    """Writes the text, the recipe and the router into a folder."""
+
+    def write(folder: Path) -> Path:
+        (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
+        (folder / "small.yaml").write_text(RECIPE)
+        (folder / "mine.py").write_text(MINE)
+        return folder
+
+    return write
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[Path], Path]) -> Iterator[Path]:
     """The working directory; modules and names that a test brings in are forgotten after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    (tmp_path / "mine.py").write_text(MINE)
+    written(tmp_path)
     table = dict(registry._table)
     yield tmp_path
     for name, module in list(sys.modules.items()):

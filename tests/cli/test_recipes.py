@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from switchkit.cli import recipes as module
 from switchkit.cli.errors import UserError
 from switchkit.cli.recipes import find_config, load_yaml, read_config, recipes
+from switchkit.parallel import layout as layout_of
 
 
 @pytest.fixture
@@ -64,3 +66,31 @@ def test_an_empty_file_says_nothing(folder):
 def test_the_packaged_recipes_are_read():
     for path in recipes().values():
         assert read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "layout"), [("multi_device", 1, (1, 8, 8)), ("multi_device_2_nodes", 2, (2, 8, 8))]
+)
+def test_fragments_for_several_devices_fit_over_a_recipe(run, name, nodes, layout):
+    """The sizes are those of a layout, experts are whole on their devices, and a copy stays within a machine."""
+    code, out, error = run("fit", "--config", "tiny_shakespeare_gpu", "--config", name, "--print_config")
+    assert code == 0, error
+    found = yaml.safe_load(out)
+    trainer = found["trainer"]
+    assert (trainer["accelerator"], trainer["devices"], trainer.get("num_nodes", 1)) == ("gpu", 8, nodes)
+    assert trainer["strategy"]["class_path"] == "switchkit.strategies.ExpertParallelStrategy"
+    sizes = trainer["strategy"]["init_args"]
+    own = layout_of(8 * nodes, sizes["expert_parallel_size"], sizes.get("data_parallel_replicate", 1))
+    assert (own.replicate, own.shard, own.expert) == layout
+    assert own.shard <= trainer["devices"]
+    assert found["model"]["init_args"]["net"]["init_args"]["num_experts"] % own.expert == 0
+    assert trainer["max_steps"] == 5000
+
+
+def test_list_says_that_a_fragment_trains_nothing_by_itself(run):
+    lines = [line for line in run("list", "recipes")[1].splitlines() if line.startswith(("multi_device", "fine_tune"))]
+    assert len(lines) == 3
+    assert all("A fragment over another recipe" in line for line in lines)
+    code, _, error = run("fit", "--config", "multi_device")
+    assert code == 2
+    assert "fit needs a model" in error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 import torch
 
 from switchkit import checkpoints
+from switchkit.cli.arguments import read_arguments
+from switchkit.cli.settings import compose
 
 pytestmark = [
     # What Lightning and jsonargparse say about each other.
@@ -25,28 +30,63 @@ Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
 
 
-def launched(*argv: str) -> tuple[int, str]:
-    """Exit code and output of the program; it and whatever it started are gone afterwards."""
+STRATEGY = ["--trainer.strategy", "expert_parallel", "--trainer.strategy.expert_parallel_size", "2"]
+TRAINING = ["fit", "--config", "small.yaml", "--data.batch_size", "2", "--trainer.log_every_n_steps", "1"]
+
+
+def launched(*commands: list[str], folder: Path) -> tuple[list[int], str]:
+    """Exit codes, and the output of the first, of programs that run at once; they and what they started are gone."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "switchkit", *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True,
-    )  # fmt: skip
+    until, processes = time.monotonic() + 300, []
     try:
-        out, _ = process.communicate(timeout=300)
-        return process.returncode, out
+        for number, command in enumerate(commands):
+            with (folder / f"log{number}.txt").open("w") as log:
+                started = subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder, start_new_session=True,
+                )  # fmt: skip
+            processes.append(started)
+        codes = [process.wait(timeout=max(0.0, until - time.monotonic())) for process in processes]
+        return codes, (folder / "log0.txt").read_text()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_two_devices_train_and_one_goes_on(folder: Path, run: Run) -> None:
-    """Experts shared out by class path, then `consolidate`, `test` and two more steps on one device."""
-    strategy = ["--trainer.strategy.class_path", "switchkit.parallel.ExpertParallelStrategy"]
-    strategy += ["--trainer.strategy.expert_parallel_size", "2", "--trainer.devices", "2"]
-    code, out = launched("fit", "--config", "small.yaml", *strategy, "--data.batch_size", "2")
-    assert code == 0, out
+def loopback() -> int | None:
+    """A free port of this machine, if it can be reached from itself."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = int(server.getsockname()[1])
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return port
+    except OSError:
+        return None
+
+
+def losses(run_folder: Path) -> list[dict[str, str]]:
+    """What was logged of the training steps, to the last digit."""
+    with (run_folder / "version_0" / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory: pytest.TempPathFactory, written: Callable[[Path], Path]) -> tuple[Path, str]:
+    """A run on two devices by Lightning's launcher: its folder, and what it said."""
+    folder = written(tmp_path_factory.mktemp("two_devices"))
+    codes, out = launched(["switchkit", *TRAINING, *STRATEGY, "--trainer.devices", "2"], folder=folder)
+    assert codes == [0], out
+    return folder, out
+
+
+def test_two_devices_train_and_one_goes_on(
+    two_devices: tuple[Path, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts shared out, then `consolidate`, `generate`, `test` and two more steps on one device."""
+    folder, out = two_devices
+    monkeypatch.chdir(folder)
     assert out.count("Result on the whole held-out text") == 1
     assert out.count("FLOPs per token") == 1
     assert "Warning: FSDP" not in out
@@ -58,15 +98,40 @@ def test_two_devices_train_and_one_goes_on(folder: Path, run: Run) -> None:
     assert text.startswith("one.ckpt: step 2, ")
     whole, parts = checkpoints.read(folder / "one.ckpt"), checkpoints.read(path)
     assert all(torch.equal(whole["state_dict"][name], value) for name, value in parts["state_dict"].items())
-    results = []
+    results, texts = [], []
     for one in (path, folder / "one.ckpt"):
         code, text, error = run("test", "--ckpt_path", str(one), "--trainer.accelerator", "cpu")
         assert code == 0, error
         results.append([line for line in text.splitlines() if "test/loss" in line])
+        code, text, error = run("generate", "--ckpt_path", str(one), "--prompt", "the", "--max_new_tokens", "20")
+        assert code == 0, error
+        texts.append(text)
     assert results[0] == results[1] != []
-    code, text, error = run("fit", "--config", "small.yaml", "--ckpt_path", str(path), "--trainer.max_steps", "4")
+    assert texts[0] == texts[1] != ""
+    code, text, error = run("fit", "--config", "small.yaml", "--ckpt_path", str(path), "--trainer.max_steps", "4",
+                            "--trainer.default_root_dir", "on")  # fmt: skip
     assert code == 0, error
-    assert checkpoints.read_settings(checkpoints.last(folder / "runs"))["step"] == 4
+    assert checkpoints.read_settings(checkpoints.last(folder / "on"))["step"] == 4
+
+
+@pytest.mark.skipif(loopback() is None, reason="this machine cannot be reached from itself")
+def test_two_machines_by_torchrun_train_as_two_devices_do(two_devices: tuple[Path, str], folder: Path) -> None:
+    """The fragment for several machines, an agent of torchrun for each, both here."""
+    port = loopback()
+    program = ["-m", "switchkit", *TRAINING, "--config", "multi_device_2_nodes", "--trainer.accelerator", "cpu"]
+    program += ["--trainer.devices", "1", "--trainer.strategy.data_parallel_replicate", "1"]
+    program += ["--trainer.strategy.expert_parallel_size", "2"]
+    agents = [
+        ["torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1",
+         "--master_addr", "127.0.0.1", "--master_port", str(port), *program]
+        for rank in range(2)
+    ]  # fmt: skip
+    codes, out = launched(*agents, folder=folder)
+    assert codes == [0, 0], out
+    found, expected = losses(folder / "runs"), losses(two_devices[0] / "runs")
+    assert len(expected) == 2
+    assert expected[0]["train/loss"] != expected[1]["train/loss"]
+    assert found == expected
 
 
 def test_consolidate_refuses_what_it_cannot_do(folder: Path, run: Run) -> None:
@@ -84,3 +149,31 @@ def test_sizes_that_do_not_fit_are_told_in_one_line(folder: Path, run: Run) -> N
                          "--trainer.devices", "1")  # fmt: skip
     assert code == 2
     assert error.splitlines()[-1] == ("switchkit: error: expert_parallel_size=2 does not divide 1 processes: use 1")
+
+
+def test_the_batch_script_is_bash_and_goes_on_from_a_checkpoint(folder: Path) -> None:
+    """As SLURM would run it, with an srun that tells what it was given."""
+    script = ROOT / "docs" / "switchkit.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    srun = folder / "srun"
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SWITCHKIT_RUNS": "out/of the way"}
+    command = ["bash", str(script), "--data.batch_size", "4"]
+
+    def given() -> list[str]:
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    first = given()
+    assert first[1:5] == ["python", "-m", "switchkit", "fit"]
+    assert first[-4:] == ["--trainer.default_root_dir", "out/of the way", "--data.batch_size", "4"]
+    (folder / "out/of the way/version_0").mkdir(parents=True)
+    (folder / "out/of the way/version_0/last.ckpt").touch()
+    assert given() == [*first[:-2], "--ckpt_path", "last", *first[-2:]]
+    settings = compose("fit", read_arguments(first[5:]))["trainer"]
+    assert (settings["num_nodes"], settings["devices"], settings["default_root_dir"]) == (2, 8, "out/of the way")
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert f"#SBATCH --nodes={settings['num_nodes']}" in lines
+    assert f"#SBATCH --ntasks-per-node={settings['devices']}" in lines
+    assert f"#SBATCH --gpus-per-node={settings['devices']}" in lines
