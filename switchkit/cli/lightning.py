@@ -20,12 +20,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from switchkit import __version__, checkpoints, strategies  # noqa: F401 (registers their names)
+from switchkit import __version__, checkpoints, strategies
 from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
-from switchkit.cli.errors import UserError, first_process
+from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
@@ -203,9 +203,11 @@ class SwitchkitCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             settings["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
+        strategies.end_together(trainer.strategy.launcher, tells=lambda error: one_line(error) is not None)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
