@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -16,6 +15,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -30,13 +31,17 @@ from switchkit.capacity.policies import Dropless
 from switchkit.layers import MoELayer
 from switchkit.parallel.exchange import Exchange
 from switchkit.parallel.experts import shard_experts, stacked
+from switchkit.parallel.failure import watch
 from switchkit.parallel.mesh import Layout, Meshes, check_experts, layout
 from switchkit.parallel.norm import clip_norm
 from switchkit.parallel.place import part_like, part_of, state_like
 from switchkit.registry import resolve
 from switchkit.start import Start, later
 
-__all__ = ["ExpertParallelStrategy", "draws_by_parts", "parallelize"]
+__all__ = ["ExpertParallelStrategy", "draws_by_parts", "end_together", "parallelize"]
+
+START = 120.0
+"""Seconds that the processes have to meet at the start."""
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -59,8 +64,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             between machines is slow.
         activation_checkpointing: keep the inputs of blocks only and compute the rest again in the backward pass, for
             less memory and about a third more time (tokens are exchanged again too).
-        timeout_seconds: how long a device waits for the others before it gives up, start included; 30 minutes, as torch
-            has it.
+        timeout_seconds: how long a device waits for the others before it gives up and the run ends; 30 minutes, as
+            torch has it. At the start two minutes at least, as processes do not come up together.
 
     Raises:
         ValueError: a size below 1, no positive timeout; at the start, sizes that do not divide the devices or the
@@ -83,7 +88,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 raise ValueError(f"{name} must be at least 1; got {size}")
         if not 0 < timeout_seconds < float("inf"):
             raise ValueError(f"timeout_seconds must be a finite number > 0; got {timeout_seconds}")
-        super().__init__(timeout=timedelta(seconds=timeout_seconds))
+        super().__init__(timeout=timedelta(seconds=max(timeout_seconds, START)))
+        self.timeout_seconds = timeout_seconds
         self.expert_parallel_size = expert_parallel_size
         self.data_parallel_replicate = data_parallel_replicate
         self.activation_checkpointing = activation_checkpointing
@@ -114,12 +120,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """What the sizes make of the devices."""
         return layout(self.world_size, self.expert_parallel_size, self.data_parallel_replicate)
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        end_together(self._launcher)
+
     def setup_environment(self) -> None:
         super()._setup_distributed()
-        if self.root_device.type == "cpu":
-            # Lightning does so for NCCL only; gloo's threads abort a process that ends without it.
-            atexit.register(_destroy)
         self.meshes = self.layout.meshes(self.root_device.type)
+        # torch gives the groups of a mesh its own default.
+        for group in [dist.group.WORLD, *self.meshes.whole_dense.get_all_groups(),
+                      *self.meshes.whole_sparse.get_all_groups()]:  # fmt: skip
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_seconds), group)
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.model is not None
@@ -203,6 +214,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             for number, parameter in enumerate(_parameters(optimizer)):
                 targets[f"optimizer/{index}/{number}"] = parameter.detach()
         return checkpoints.read_folder(path, targets)
+
+
+def end_together(launcher: _Launcher | None, tells: Callable[[BaseException], bool] | None = None) -> None:
+    """`switchkit.parallel.watch` where the launcher is one of processes; call it before the Trainer launches.
+
+    `ExpertParallelStrategy` does so itself; with Lightning's other strategies pass ``trainer.strategy.launcher``.
+    """
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        watch(launcher, tells)
 
 
 def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpointing: bool = False) -> None:
@@ -301,11 +321,6 @@ def draws_by_parts(strategy: Any) -> bool:
     else:
         found = resolve(getattr(strategy, "class_path", ""))
     return isinstance(found, type) and issubclass(found, ExpertParallelStrategy)
-
-
-def _destroy() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 StrategyRegistry.register(

@@ -53,7 +53,7 @@ def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 4
     return L.Trainer(
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", flush_logs_every_n_steps=1),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *more.pop("plugins", [])],
         callbacks=[RandomState(), SaveLast(every), CleanStop(), SaveBest(), *callbacks],
         accelerator="cpu",
         enable_model_summary=False,

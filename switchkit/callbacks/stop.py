@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 
 from switchkit.callbacks.save import SaveLast
+from switchkit.parallel.failure import AGAIN
 
 __all__ = ["CleanStop", "Stopped"]
 
@@ -17,15 +21,20 @@ __all__ = ["CleanStop", "Stopped"]
 class Stopped(SystemExit):
     """Training was told to stop, and did so between two steps; the exit code is 128 + the signal, as in shells."""
 
-    def __init__(self, number: int, step: int, path: Any) -> None:
+    agreed = True
+    """All processes raise it together, so that none has to be ended by another."""
+
+    def __init__(self, number: int, step: int, path: Any, ranks: Sequence[int] = ()) -> None:
         super().__init__(128 + number)
         self.signal, self.step, self.path = signal.Signals(number).name, step, path
+        self.ranks = tuple(ranks)  # of several processes, those that the signal reached
 
 
 class CleanStop(L.Callback):
     """Ctrl-C and SIGTERM end training after the step in progress, with a checkpoint.
 
-    The handler only sets a flag; all ranks look at it together between two steps. A second signal ends the run at once.
+    The handler only sets a flag; all ranks look at it together between two steps, and stop at the same one whichever of
+    them was told. A second signal ends the run at once (of several processes, if it comes 3 seconds later).
     The handlers that were there before come back when training ends.
     """
 
@@ -35,10 +44,13 @@ class CleanStop(L.Callback):
         self._number: int | None = None
         self._before: dict[int, Any] = {}
         self._step = 0
+        self._told_at = 0.0
+        self._again = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After Lightning registered its own handlers, which it puts back when it ends.
         self._number, self._step = None, trainer.global_step
+        self._again = AGAIN if trainer.world_size > 1 else 0.0
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._told) for number in self.SIGNALS}
 
@@ -54,10 +66,12 @@ class CleanStop(L.Callback):
         self._before = {}
 
     def _told(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
+        now = time.monotonic()
+        if self._number is None:
+            self._number, self._told_at = number, now
+        elif now - self._told_at >= self._again:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._number = number
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,9 +82,18 @@ class CleanStop(L.Callback):
         told = self._number is not None or trainer.received_sigterm
         if not trainer.strategy.reduce_boolean_decision(told, all=False):
             return
+        number, ranks = self._agreed(trainer, pl_module)
         path = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLast):
                 callback.save(trainer)
                 path = callback.path
-        raise Stopped(self._number or signal.SIGTERM, trainer.global_step, path)
+        raise Stopped(number, trainer.global_step, path, ranks)
+
+    def _agreed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[int, list[int]]:
+        """The signal that all processes end with, and which of several it reached."""
+        own = self._number or (signal.SIGTERM if trainer.received_sigterm else 0)
+        if trainer.world_size == 1:
+            return own, []
+        numbers = trainer.strategy.all_gather(torch.tensor(int(own), device=pl_module.device)).tolist()
+        return max(numbers), [rank for rank, number in enumerate(numbers) if number]

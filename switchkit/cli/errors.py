@@ -40,7 +40,9 @@ def exit_code(exit: SystemExit) -> int:
     if type(exit).__name__ == "Stopped":
         told = vars(exit)
         if first_process():
-            line = f"stopped by {told['signal']} after step {told['step']}; {_go_on(told['path'])}"
+            ranks = ", ".join(map(str, told.get("ranks", ())))
+            where = f" on rank {ranks}" if ranks else ""
+            line = f"stopped by {told['signal']}{where} after step {told['step']}; {_go_on(told['path'])}"
             print(f"switchkit: {line}", file=sys.stderr)
     if type(exit).__name__ == "SIGTERMException":
         return 143

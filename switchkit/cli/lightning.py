@@ -26,7 +26,7 @@ from switchkit.bench.malloc import keep_memory
 from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
-from switchkit.cli.errors import UserError, first_process
+from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
@@ -219,9 +219,11 @@ class SwitchkitCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             settings["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
+        strategies.end_together(trainer.strategy.launcher, tells=lambda error: one_line(error) is not None)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:

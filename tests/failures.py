@@ -1,0 +1,176 @@
+"""A run of several processes in which one fails, through the real launcher, and what becomes of all of them.
+
+``python tests/failures.py [STRATEGY] [FAULT] [0|1|both]`` tries the faults on two CPUs and prints a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAULTS = ("kill", "raise", "hang", "SIGTERM", "SIGINT")
+LATE = 4.0
+"""The timeout of a run in which a rank hangs, in seconds."""
+
+RECIPE = """\
+plugins: [faulty]
+model:
+  class_path: LanguageModule
+  init_args:
+    net:
+      class_path: Decoder
+      init_args: {d_model: 16, num_layers: 2, num_heads: 2, d_ff: 24, num_experts: 4, context: 8, dropout: 0.1}
+    moe: {class_path: MoELayer, init_args: {router: {class_path: switch, init_args: {jitter: 0.1}}, capacity: factor}}
+    losses: [{class_path: balance, init_args: {scope: global}}, router_z]
+    warmup_steps: 3
+data: {class_path: TextData, init_args: {path: text.txt, context: 8, batch_size: 4, validation_prefix: 0}}
+trainer:
+  accelerator: cpu
+  devices: 2
+  max_steps: 12
+  limit_val_batches: 1
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+"""
+
+# The fault comes from within, at step 6, so that it needs no luck.
+FAULTY = """\
+import os, signal, time
+from pathlib import Path
+import lightning as L
+
+class Fault(L.Callback):
+    def __init__(self, what: str, ranks: list[int]) -> None:
+        self.what, self.ranks = what, ranks
+
+    def on_train_batch_start(self, trainer, *rest):
+        if trainer.global_step != 6 or trainer.global_rank not in self.ranks:
+            return
+        Path("when").write_text(str(time.time()))
+        if self.what == "raise":
+            raise RuntimeError("a planted fault")
+        if self.what == "hang":
+            time.sleep(1e6)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL" if self.what == "kill" else self.what))
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the shell's exit code, what it printed, and how long after the fault the last process ended."""
+
+    code: int
+    output: str
+    seconds: float
+    left: int
+
+    @property
+    def lines(self) -> list[str]:
+        """What switchkit said of the end."""
+        return [line for line in self.output.splitlines() if line.startswith("switchkit: ")]
+
+
+def lay_out(folder: Path) -> Path:
+    """A working directory for a run."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(RECIPE)
+    (folder / "faulty.py").write_text(FAULTY)
+    (folder / "text.txt").write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(900)))
+    return folder
+
+
+def faulty(what: str, *ranks: int) -> list[str]:
+    """Options of a run in which these ranks fail."""
+    given = f"[{{class_path: faulty.Fault, init_args: {{what: {what}, ranks: {list(ranks)}}}}}]"
+    return ["--trainer.callbacks+", given]
+
+
+def strategy(name: str, timeout: float | None = None) -> list[str]:
+    """Options for a strategy, by class path where it needs a timeout of its own."""
+    if timeout is None:
+        return ["--trainer.strategy", name]
+    if name == "ddp":
+        return ["--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy",
+                "--trainer.strategy.timeout", str(timedelta(seconds=timeout))]  # fmt: skip
+    return ["--trainer.strategy.class_path", "switchkit.parallel.ExpertParallelStrategy",
+            "--trainer.strategy.expert_parallel_size", "2",
+            "--trainer.strategy.timeout_seconds", str(timeout)]  # fmt: skip
+
+
+def fit(folder: Path, *options: str, command: tuple[str, ...] = (), deadline: float = 120.0) -> Outcome:
+    """Run `switchkit fit` in a process group of its own until all of it has ended; what is left is killed."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    (folder / "when").unlink(missing_ok=True)
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which an orphan would keep open
+        argv = [*(command or (sys.executable,)), "-m", "switchkit", "fit", "--config", "run.yaml", *options]
+        process = subprocess.Popen(argv, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT,
+                                   start_new_session=True)  # fmt: skip
+        until = time.monotonic() + deadline
+        try:
+            code = process.wait(deadline)
+            left = len(group(process.pid))
+            while group(process.pid) and time.monotonic() < until:
+                time.sleep(0.05)
+            left = left and len(group(process.pid))
+            ended = time.time()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        when = folder / "when"
+        began = float(when.read_text()) if when.exists() else ended
+        return Outcome(128 - code if code < 0 else code, output.read(), ended - began, left)
+
+
+def group(number: int) -> list[int]:
+    """The processes of a group that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == number and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def cases(names: list[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Strategies, faults and ranks; those that `names` has, or all."""
+    for name in ("ddp", "expert_parallel_2"):
+        for what in FAULTS:
+            for ranks in ((0,), (1,), (0, 1)) if what.startswith("SIG") else ((0,), (1,)):
+                words = {name, what, *map(str, ranks)} if len(ranks) == 1 else {name, what, "both"}
+                if words >= set(names):
+                    yield name, what, ranks
+
+
+def main(names: list[str]) -> None:
+    print("| strategy | fault | rank | exit code | seconds | left | checkpoint | line |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, what, ranks in cases(names):
+        with tempfile.TemporaryDirectory() as folder:
+            # Lightning's strategy has one timeout for the start too.
+            late = (LATE if name != "ddp" else 60.0) if what == "hang" else None
+            found = fit(lay_out(Path(folder)), *strategy(name, late), *faulty(what, *ranks), deadline=400.0)
+            saved = ", ".join(str(path.name) for path in Path(folder).rglob("*.ckpt"))
+        told = " ".join(found.lines)
+        where = " and ".join(map(str, ranks))
+        print(f"| {name} | {what} | {where} | {found.code} | {found.seconds:.1f} | {found.left} | {saved} | {told} |")
+        sys.stdout.flush()
+        if os.environ.get("VERBOSE"):
+            print(found.output, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
