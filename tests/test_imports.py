@@ -30,6 +30,7 @@ ROWS = [
         "sampling",
         "generation",
         "origin",
+        "plan",
         "step",
         "strategies",
         "convert",
