@@ -11,7 +11,7 @@ from torch import nn
 from switchkit.blocks import Block
 from switchkit.layers import MoELayer
 from switchkit.parallel.experts import stacked
-from switchkit.parallel.mesh import Layout, check_experts
+from switchkit.parallel.mesh import Layout, check_experts, sharded_dimension
 from switchkit.routing.base import Router
 
 __all__ = ["Unit", "padded", "part", "units"]
@@ -57,17 +57,18 @@ class Unit:
 
 
 def part(shape: Shape, expert: int, shard: int) -> Shape:
-    """The shape of the first device's part: even runs of experts, then FSDP2's chunks along the first dimension.
+    """The shape of the first device's part: even runs of experts, then FSDP2's chunks along `sharded_dimension`.
 
-    FSDP2 cuts the first dimension into chunks of ``ceil(d0 / shard)``, of which the last ones may be empty, and stores
-    and sends every chunk at that size. A stack of 8 experts over 128 devices therefore has 8 parts, not 128.
+    Chunks have ``ceil(size / shard)`` entries, of which the last ones may be empty; every chunk is stored and sent at
+    that size.
 
     Source: `FSDPParam._init_sharded_param` of torch; torch.chunk.
     """
     if not shape:
         return shape
-    first = shape[0] // expert
-    return (-(-first // shard), *shape[1:])
+    own = (shape[0] // expert, *shape[1:])
+    cut = sharded_dimension(own, shard)
+    return (*own[:cut], -(-own[cut] // shard), *own[cut + 1 :])
 
 
 def padded(unit: Unit, layout: Layout) -> float:
@@ -97,9 +98,9 @@ def units(model: nn.Module, expert_parallel_size: int) -> tuple[Unit, ...]:
     for index, block in enumerate(blocks):
         made.append(_unit("block", list(block.parameters()), taken, routers, index))
     embeddings = {id(p) for part in model.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
-    if getattr(model, "head", None) is None and hasattr(model, "embed"):
+    if getattr(model, "head", None) is None and isinstance(embed := getattr(model, "embed", None), nn.Embedding):
         # The tied one is a matrix too.
-        embeddings -= {id(model.embed.weight)}
+        embeddings -= {id(embed.weight)}
     made.append(_unit("root", list(model.parameters()), taken, routers | embeddings, -1))
     return tuple(unit for unit in made if unit.shapes)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
 
 from switchkit.parallel import Layout
+from switchkit.parallel.mesh import sharded_dimension
 from switchkit.plan import PRECISIONS, Collective, Exchange, Gpu, Group, Unit, fsdp_collectives, groups, part
 from switchkit.plan.units import padded
 
@@ -57,24 +59,27 @@ def test_seconds():
         ((8, 16, 24), 1, 2, (4, 16, 24)),
         ((8, 16, 24), 2, 2, (2, 16, 24)),
         ((11, 16), 1, 4, (3, 16)),
-        # One expert each for eight devices, and one in store for every other: FSDP2 cuts the first dimension alone.
+        # Along the second dimension where the first has too few entries, along the third where that does not divide.
+        ((8, 16, 24), 1, 16, (8, 1, 24)),
+        ((8, 16, 24), 4, 24, (2, 16, 1)),
+        ((1, 16, 24), 1, 4, (1, 4, 24)),
+        # Nothing divides: one expert each for eight devices, and one in store for every other.
         ((8, 16, 24), 1, 128, (1, 16, 24)),
-        ((1, 16, 24), 1, 4, (1, 16, 24)),
         ((16,), 1, 3, (6,)),
     ],
 )
 def test_parts_are_torchs_chunks(shape, expert, shard, expected):
-    import torch
-
     assert part(shape, expert, shard) == expected
-    runs = torch.empty(shape, device="meta").chunk(expert)[0]
-    assert tuple(runs.chunk(shard)[0].shape) == expected
+    own = torch.empty(shape, device="meta").chunk(expert)[0]
+    assert tuple(own.chunk(shard, sharded_dimension(own.shape, shard))[0].shape) == expected
 
 
 def test_what_chunks_waste():
     assert padded(Unit("block", ((8, 2), (12,))), Layout(1, 4, 1)) == 1
+    assert padded(Unit("block", ((9, 2),)), Layout(1, 4, 1)) == 12 / 9
     assert padded(Unit("block", ((8, 16, 24),)), Layout(1, 128, 1)) == 16
-    assert padded(Unit("experts", ((8, 16, 24),)), Layout(1, 128, 8)) == 16
+    # Shared out over 8 devices, of which each expert has one of 16 parts.
+    assert padded(Unit("experts", ((8, 16, 24),)), Layout(1, 128, 8)) == 1
 
 
 def test_a_step_in_full():
