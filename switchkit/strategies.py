@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -32,7 +32,7 @@ from switchkit.layers import MoELayer
 from switchkit.parallel.exchange import Exchange
 from switchkit.parallel.experts import shard_experts, stacked
 from switchkit.parallel.failure import watch
-from switchkit.parallel.mesh import Layout, Meshes, check_experts, layout
+from switchkit.parallel.mesh import Layout, Meshes, check_experts, layout, sharded_dimension
 from switchkit.parallel.norm import clip_norm
 from switchkit.parallel.place import part_like, part_of, state_like
 from switchkit.registry import resolve
@@ -247,21 +247,28 @@ def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpo
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.is_meta:
             _take_from_first(tensor.data, device)
+    cut = partial(_placement, meshes.whole_dense["shard"].size())
+    cut_experts = partial(_placement, meshes.whole_sparse["expert_shard"].size())
     for name, part in list(module.named_modules()):
         if isinstance(part, MoELayer) and shares > 1:
             shard_experts(name, part.experts, meshes.expert)
             part.dispatcher = Exchange(part.dispatcher, meshes.expert.get_group())
             for owner in stacked(name, part.experts):
-                fully_shard(owner, mesh=meshes.expert_data)
+                fully_shard(owner, mesh=meshes.expert_data, shard_placement_fn=cut_experts)
     for part in list(module.modules()):
         if isinstance(part, Block):
             if checkpointing:
                 # On the instance, so that FSDP's hooks gather the weights around it.
                 part.forward = partial(recompute, part.forward, use_reentrant=False)  # type: ignore[method-assign]
-            fully_shard(part, mesh=meshes.dense)
+            fully_shard(part, mesh=meshes.dense, shard_placement_fn=cut)
     for child in module.children():
         if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=meshes.dense)
+            fully_shard(child, mesh=meshes.dense, shard_placement_fn=cut)
+
+
+def _placement(shards: int, parameter: nn.Parameter) -> Shard:
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(sharded_dimension(own.shape, shards))
 
 
 def _take_from_first(tensor: Tensor, device: torch.device) -> None:

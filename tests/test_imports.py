@@ -30,6 +30,7 @@ ROWS = [
         "sampling",
         "generation",
         "origin",
+        "plan",
         "step",
         "start",
         "strategies",

@@ -34,6 +34,7 @@ COMMANDS = {
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "distill-report": ("distill_report", "say how much of a mixture's gain its distilled students keep"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
+    "plan": ("plan", "say which arrangements of many devices a recipe fits, and how fast they would be"),
     "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),
     "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),
     "selftest": ("selftest", "hold every part, your own included, to the properties of the tests"),

@@ -21,7 +21,7 @@ from switchkit.interop.keys import Keys
 from switchkit.module import LanguageModule
 from switchkit.spec import OnMeta
 
-__all__ = ["build_module", "import_hf"]
+__all__ = ["build_module", "import_hf", "module_of_config"]
 
 LARGEST_TOKENIZER = 256 * 2**20
 EMBEDDINGS = (
@@ -63,6 +63,18 @@ def import_hf(
     module.load_state_dict({f"net.{name}": tensor for name, tensor in _tensors(table, source)}, assign=True)
     module.hugging_face = {"config": values, "generation": generation}
     return module if dtype is None else module.to(dtype)
+
+
+def module_of_config(path: str | Path, *, context: int | None = None) -> LanguageModule:
+    """The module that a config.json describes, or that of a folder, without weights: on the meta device.
+
+    Raises:
+        ValueError: no such file, a model_type that is not known, a setting that is not built here.
+    """
+    path = Path(path).expanduser()
+    config = Config(read_object(path / "config.json" if path.is_dir() else path))
+    family = family_of(config)
+    return build_module(family.plan(config, family.tied(config), context))
 
 
 def build_module(plan: Plan, tokenizer: Tokenizer | None = None) -> LanguageModule:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["Layout", "Meshes", "check_experts", "layout"]
+__all__ = ["Layout", "Meshes", "check_experts", "layout", "sharded_dimension"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ def check_experts(name: str, num_experts: int, expert_parallel_size: int) -> Non
             f"the {num_experts} experts of {name} cannot be shared out over expert_parallel_size="
             f"{expert_parallel_size} processes: use {_words(_divisors(num_experts))}"
         )
+
+
+def sharded_dimension(shape: Sequence[int], shards: int) -> int:
+    """The dimension along which FSDP2 cuts a parameter: the first, as is its default, or if that has fewer entries than
+    there are shards, the first one that they divide.
+
+    A chunk without entries is stored and sent as large as the others: the one shared expert of a layer, [1, D, F],
+    would be whole on every device. Other dimensions must divide evenly, which torch insists on.
+    """
+    if not shape or shape[0] >= shards:
+        return 0
+    return next((d for d, size in enumerate(shape) if size % shards == 0), 0)
 
 
 def _divisors(number: int) -> list[int]:

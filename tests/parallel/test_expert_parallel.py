@@ -37,6 +37,8 @@ def cases(ranks: int) -> dict[str, Case]:
             options={"bias": True},
             micro=2,
         ),
+        # Stacks of fewer entries than there are devices are cut along another dimension.
+        "few experts": Case(losses=GLOBAL, ranks=ranks, net=partial(NET, num_experts=2), moe=partial(MOE), clip=0.05),
         "micro": Case(losses=(partial(Balance, weight=0.5), *Z), ranks=ranks, micro=2),
         "learned positions, attention": Case(
             losses=GLOBAL, ranks=ranks, net=partial(NET, positions="learned", sparse_attention=[1], tied=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from switchkit.parallel import layout
-from switchkit.parallel.mesh import check_experts
+from switchkit.parallel.mesh import check_experts, sharded_dimension
 
 
 def test_sizes_multiply_to_the_processes() -> None:
@@ -30,3 +30,11 @@ def test_sizes_multiply_to_the_processes() -> None:
 def test_sizes_that_do_not_fit_name_those_that_do(call: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "dimension"),
+    [((8, 6, 4), 2, 0), ((9, 6), 4, 0), ((1, 6, 4), 2, 1), ((2, 6, 4), 4, 2), ((3, 5), 4, 0), ((4,), 8, 0), ((), 2, 0)],
+)
+def test_a_first_dimension_that_is_too_short_gives_way(shape, shards, dimension):
+    assert sharded_dimension(shape, shards) == dimension

@@ -17,12 +17,13 @@ import torch
 from distributed import Ranks, run
 from equal import Case, Loader, distance, whole
 
-from switchkit import Balance, LanguageModule, MoELayer, RouterZ, Sigmoid, checkpoints
+from switchkit import Balance, GatedMlp, LanguageModule, MoELayer, RouterZ, Shared, Sigmoid, checkpoints
 from switchkit.callbacks import UpdateRouterBias
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.parallel import ExpertParallelStrategy, shards
 
-BIAS = partial(MoELayer, router=partial(Sigmoid, k=2))
+# The stack of shared experts has one entry: it is cut along another dimension than the rest.
+BIAS = partial(MoELayer, router=partial(Sigmoid, k=2), experts=partial(Shared, experts=GatedMlp))
 TERMS = (partial(Balance, weight=0.1, scope="global"), partial(RouterZ, weight=0.1))
 CASE = Case(losses=TERMS, moe=BIAS, ranks=4, rows=1, steps=6, optimizer=partial(torch.optim.AdamW, lr=0.01))
 LAYOUTS: dict[str, tuple[int, Any]] = {

@@ -1,0 +1,140 @@
+"""``switchkit plan``: what a recipe would take of many devices, counted and not run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkit.cli.errors import UserError, near
+from switchkit.cli.options import OptionParser, number
+
+if TYPE_CHECKING:
+    from switchkit.plan import Gpu, Work
+
+__all__ = ["run"]
+
+_FLAGS = ("--json", "--all")
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Print the arrangements that fit, the fastest first, and why the others do not; 1 if none fits."""
+    parser = _parser(command)
+    own, rest = _split(argv, [option for action in parser._actions for option in action.option_strings])
+    options = parser.parse(own)
+    gpu = _gpu(options.gpu)
+
+    from switchkit.cli.planned import planned
+    from switchkit.plan import Work, plan, precision_named
+    from switchkit.report.plan import plan_tables, plan_values
+
+    asked = None if options.precision is None else precision_named(options.precision)
+    found = planned(rest, options.hf_config, options.context)
+    work = Work(
+        batch=options.batch_size or found.batch,
+        context=options.context or found.context,
+        precision=asked or precision_named(found.precision),
+        accumulate=options.accumulate or found.accumulate,
+        imbalance=options.imbalance,
+    )
+    _check_context(found.module.net, work)
+    made = plan(
+        found.module.net,
+        found.module.optimizer,
+        work,
+        gpu,
+        nodes=options.nodes,
+        gpus=options.gpus,
+        headroom=options.headroom,
+        checkpointing={"auto": None, "on": True, "off": False}[options.activation_checkpointing],
+    )
+    if options.json:
+        given = {"nodes": options.nodes, "gpus": options.gpus, "gpu": asdict(gpu), "work": asdict(work)}
+        print(json.dumps({**given, "headroom": options.headroom, **plan_values(made)}, indent=2))
+    else:
+        plan_tables(made, found.module.net, work, gpu, options.nodes, options.gpus, options.headroom, options.all)
+    return 0 if made.fits else 1
+
+
+def _parser(command: str) -> OptionParser:
+    parser = OptionParser(
+        command,
+        "Count what training the model of a recipe takes of each of many devices: memory, bytes sent in a step, time. "
+        "Every arrangement of ddp and ExpertParallelStrategy is counted; those that fit are ranked by their time per "
+        "token, and one line says why each of the others does not fit. Nothing is built or run. Any other --KEY VALUE "
+        "is a setting of `switchkit fit`, --config first of all. The exit code is 1 if nothing fits.",
+    )
+    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+    share = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
+    above = number(float, "a number of at least 1", lambda value: 1 <= value < float("inf"))
+    add = parser.add_argument
+    add("--nodes", type=positive, default=1, metavar="N", help="machines (default: 1)")
+    add("--gpus", type=positive, default=8, metavar="N", help="devices of each machine (default: 8)")
+    add(
+        "--gpu", default="h100", metavar="NAME|FILE", help="h100, h200, a100, or a YAML file of numbers (default: h100)"
+    )
+    add("--hf_config", metavar="PATH", help="a config.json of Hugging Face's transformers, in place of --config")
+    add("--batch_size", type=positive, metavar="N", help="sequences of each device (default: the recipe's, or 1)")
+    add("--context", type=positive, metavar="N", help="tokens of a sequence (default: the recipe's)")
+    add("--accumulate", type=positive, metavar="N", help="micro-batches of a step (default: the recipe's)")
+    add("--precision", metavar="WORD", help="32-true, bf16-mixed, bf16-true, ... (default: the recipe's)")
+    choices = ("auto", "on", "off")
+    add("--activation_checkpointing", choices=choices, default="auto", help="auto (default): where it has to be")
+    add(
+        "--imbalance",
+        type=above,
+        default=1.0,
+        metavar="X",
+        help="load of the busiest device over the mean (default: 1)",
+    )
+    add("--headroom", type=share, default=0.1, metavar="X", help="share of memory that stays free (default: 0.1)")
+    add("--all", action="store_true", help="show all arrangements, not the first ten of each kind")
+    add("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def _split(argv: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are this command's own, and those of `fit`."""
+    own: list[str] = []
+    rest: list[str] = []
+    given = iter(argv)
+    for argument in given:
+        name, equals, _ = argument.partition("=")
+        mine = own if name in options else rest
+        mine.append(argument)
+        if equals or name in _FLAGS or name in ("-h", "--help"):
+            continue
+        if name.startswith("-") and (value := next(given, None)) is not None:
+            mine.append(value)
+    return own, rest
+
+
+def _gpu(word: str) -> Gpu:
+    """A device by its name, or of a file.
+
+    Raises:
+        UserError: neither; names the nearest.
+    """
+    from switchkit.cli.recipes import read_config
+    from switchkit.plan.hardware import GPUS, gpu_from
+
+    if word in GPUS:
+        return GPUS[word]
+    path = Path(word).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"--gpu {word}: unknown, and there is no such file{near(word, GPUS)} Known: {', '.join(GPUS)}, or a YAML "
+            "file with memory_gib, bf16_tflops, fp32_tflops, node_gb_per_s, network_gb_per_s"
+        )
+    try:
+        return gpu_from(read_config(path), str(path))
+    except ValueError as error:
+        raise UserError(f"--gpu: {error}") from error
+
+
+def _check_context(net: Any, work: Work) -> None:
+    longest = getattr(net, "context", work.context)
+    if work.context > longest:
+        raise UserError(f"--context {work.context}: the model reads {longest} tokens at most (model.net.context)")
