@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Traffic", "covered", "under_way"]
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, while it is entered, the collectives that this process takes part in and the bytes that it sends.
 
     Of n processes each sends what the algorithms of least traffic send: 2 (n - 1) / n of what is all-reduced,
@@ -27,7 +26,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.unknown: set[str] = set()
@@ -60,7 +59,7 @@ def under_way(step: Callable[[], object], steps: int, device: torch.device) -> f
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
     if on_device:
-        events = [e for e in found.events() if e.device_type == DeviceType.CUDA and e.name.startswith("ncclDevKernel")]
+        events = [e for e in found.events() if e.device_type.name == "CUDA" and e.name.startswith("ncclDevKernel")]
     else:
         events = [e for e in found.events() if e.name.startswith("gloo:")]
     return min(1.0, 1e-6 * covered((e.time_range.start, e.time_range.end) for e in events) / seconds)

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _FLAGS = ("--json", "--all")
+_OF_FIT = ("config", "plugins", "seed_everything", "model", "data", "trainer", "init_from", "ckpt_path", "weights_only")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the arrangements that fit, the fastest first, and why the others do not; 1 if none fits."""
     parser = _parser(command)
-    own, rest = _split(argv, [option for action in parser._actions for option in action.option_strings])
+    known = [option for action in parser._actions for option in action.option_strings]
+    own, rest = _split(argv, known)
+    _check_spelling(rest, known)
     options = parser.parse(own)
     gpu = _gpu(options.gpu)
 
@@ -109,6 +112,18 @@ def _split(argv: Sequence[str], options: Sequence[str]) -> tuple[list[str], list
         if name.startswith("-") and (value := next(given, None)) is not None:
             mine.append(value)
     return own, rest
+
+
+def _check_spelling(rest: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse what is near an option of this command and no option of `fit`.
+
+    Raises:
+        UserError: names the nearest.
+    """
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and "." not in name and name[2:] not in _OF_FIT and (hint := near(name, known)) != ".":
+            raise UserError(f"switchkit plan: unknown option {name!r}{hint}")
 
 
 def _gpu(word: str) -> Gpu:

@@ -60,8 +60,7 @@ def activations(
     """
     tokens = batch * context
     found = [part for part in model.modules() if isinstance(part, Block)]
-    width = int(model.d_model)  # type: ignore[arg-type]
-    vocabulary = int(model.vocab_size)  # type: ignore[arg-type]
+    width, vocabulary = _width(model), int(getattr(model, "vocab_size", 0))
     blocks = tuple(_block(block, batch, context, precision, imbalance, model) for block in found)
     layers = [part for part in model.modules() if isinstance(part, MoELayer)]
     records = sum(tokens * (4 * layer.num_experts + 40 * layer.router.k) for layer in layers)
@@ -93,10 +92,13 @@ def rows_of(layer: MoELayer, batch: int, context: int) -> int:
     return groups * rows
 
 
+def _width(model: nn.Module) -> int:
+    return int(getattr(model, "d_model", 0))
+
+
 def _block(block: Block, batch: int, context: int, precision: Precision, imbalance: float, model: nn.Module) -> int:
     """Norms keep their inputs, which the residual stream is; then the parts."""
-    tokens, stream = batch * context, precision.stream
-    width = block.mlp_norm.weight.numel()  # type: ignore[union-attr, operator]
+    tokens, stream, width = batch * context, precision.stream, _width(model)
     norms = 2 if block.cross is None else 3
     kept = norms * tokens * (stream * width + 8)
     if block.dropout:
@@ -107,7 +109,7 @@ def _block(block: Block, batch: int, context: int, precision: Precision, imbalan
         kept += _cross(block.cross, tokens, precision, width)
     if isinstance(model, EncoderDecoder):
         # The bias of the scores, which all sequences share.
-        kept += precision.product * block.attention.num_heads * context**2  # type: ignore[union-attr, operator]
+        kept += precision.product * int(getattr(block.attention, "num_heads", 1)) * context**2
     if isinstance(block.mlp, MoELayer):
         return kept + _mixture(block.mlp, batch, context, precision, imbalance)
     return kept + _dense(block.mlp, tokens, precision, width)

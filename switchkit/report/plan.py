@@ -84,11 +84,11 @@ def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
         )
         memory.add_row(_layout(one), *(_number(part / GIB) for part in parts))
         sent = (one.sent("all_gather", "reduce_scatter", "all_reduce"), one.sent("all_to_all"))
-        parts = (step.total, step.compute, step.exchange, step.collectives)
+        spent = (step.total, step.compute, step.exchange, step.collectives)
         time.add_row(
             _layout(one),
             *(_number(part / 1e9) for part in sent),
-            *(_number(part * 1e3) for part in parts),
+            *(_number(part * 1e3) for part in spent),
             short(1 / one.per_token),
         )
     yield from (memory, time)

@@ -157,7 +157,7 @@ def test_of_a_config_of_hugging_face(run):
         (["--precision", "fp8"], "precision 'fp8' is not planned here: use 32-true"),
         (["--activation_checkpointing", "yes"], "--activation_checkpointing: invalid choice: 'yes'"),
         (["--context", "17"], "--context 17: the model reads 16 tokens at most"),
-        (["--node", "3"], "has no option 'node'"),
+        (["--node", "3"], "unknown option '--node'. Did you mean '--nodes'?"),
         (["--hf_config", "config.json"], "--hf_config describes the whole model: leave --config out"),
         (["--model.moe.router", "swich"], "Did you mean 'switch'?"),
     ],
