@@ -116,7 +116,9 @@ def launch(function: Callable[..., None], job: Any, processes: int, seconds: flo
     """
     # Kineto, torch's profiler, tells of its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    context = start_processes(function, args=(job,), nprocs=processes, join=False, daemon=True)
+    context = start_processes(  # type: ignore[no-untyped-call]
+        function, args=(job,), nprocs=processes, join=False, daemon=True
+    )
     assert context is not None
     until = time.monotonic() + seconds
     try:

@@ -70,7 +70,7 @@ def work(rank: int, job: Job) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(f"{job.folder}/meeting", job.processes),
+        store=dist.FileStore(f"{job.folder}/meeting", job.processes),  # type: ignore[attr-defined]
         rank=rank,
         world_size=job.processes,
         timeout=timedelta(seconds=job.seconds),
