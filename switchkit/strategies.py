@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
@@ -64,6 +64,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             between machines is slow.
         activation_checkpointing: keep the inputs of blocks only and compute the rest again in the backward pass, for
             less memory and about a third more time (tokens are exchanged again too).
+        compile: run blocks through torch.compile, each by itself; where experts are shared out, sparse layers stay as
+            they are, as they wait for the device once to learn how many tokens travel. The first steps take long.
         timeout_seconds: how long a device waits for the others before it gives up and the run ends; 30 minutes, as
             torch has it. At the start two minutes at least, as processes do not come up together.
 
@@ -80,6 +82,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         *,
         data_parallel_replicate: int = 1,
         activation_checkpointing: bool = False,
+        compile: bool = False,
         timeout_seconds: float = 1800.0,
     ) -> None:
         for name, size in (("expert_parallel_size", expert_parallel_size),
@@ -92,7 +95,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.timeout_seconds = timeout_seconds
         self.expert_parallel_size = expert_parallel_size
         self.data_parallel_replicate = data_parallel_replicate
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
         self.meshes: Meshes | None = None
 
     @classmethod
@@ -143,21 +146,21 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         _warn_of_batches(module, self.world_size)
-        parallelize(module, self.meshes, self.root_device, self.activation_checkpointing)
+        parallelize(
+            module, self.meshes, self.root_device, checkpointing=self.activation_checkpointing, compiling=self.compile
+        )
         if isinstance(start := getattr(module, "start", None), Start):
             module.net.to_empty(device=self.root_device)
             start.draw(module.net, partial(_take_part, self.root_device))
             module.start = None
         self.model_to_device()
         self.barrier()
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
+        if trainer.state.fn == TrainerFn.FITTING:
+            # Made from parameters that are where they stay, and so is their state.
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         # torch's own clipping refuses gradients of several meshes.
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
@@ -192,7 +195,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return own.state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -225,7 +229,9 @@ def end_together(launcher: _Launcher | None, tells: Callable[[BaseException], bo
         watch(launcher, tells)
 
 
-def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpointing: bool = False) -> None:
+def parallelize(
+    module: nn.Module, meshes: Meshes, device: torch.device, *, checkpointing: bool = False, compiling: bool = False
+) -> None:
     """Shard the children of a module over the meshes, in place; a second time it does nothing.
 
     All processes start from the values of the first. Units are the blocks, and within them the experts.
@@ -255,10 +261,15 @@ def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpo
             part.dispatcher = Exchange(part.dispatcher, meshes.expert.get_group())
             for owner in stacked(name, part.experts):
                 fully_shard(owner, mesh=meshes.expert_data, shard_placement_fn=cut_experts)
+            if compiling:
+                part.forward = partial(_as_it_is, part)  # type: ignore[method-assign]
     for part in list(module.modules()):
         if isinstance(part, Block):
+            # On the instance, so that FSDP's hooks gather the weights around it.
+            if compiling:
+                part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
             if checkpointing:
-                # On the instance, so that FSDP's hooks gather the weights around it.
+                # Around what is compiled: in it, the wait of a sparse layer would keep all of it from being compiled.
                 part.forward = partial(recompute, part.forward, use_reentrant=False)  # type: ignore[method-assign]
             fully_shard(part, mesh=meshes.dense, shard_placement_fn=cut)
     for child in module.children():
@@ -269,6 +280,12 @@ def parallelize(module: nn.Module, meshes: Meshes, device: torch.device, checkpo
 def _placement(shards: int, parameter: nn.Parameter) -> Shard:
     own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return Shard(sharded_dimension(own.shape, shards))
+
+
+@torch.compiler.disable
+def _as_it_is(part: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """`forward` of the part's class, out of the compiler's reach."""
+    return type(part).forward(part, *arguments, **options)
 
 
 def _take_from_first(tensor: Tensor, device: torch.device) -> None:

@@ -65,7 +65,7 @@ def export_hf(
             it was imported from, or else the tokenizer's.
         shard_size: bytes of a file; more weights make several files and an index.
         read: of a module that has shapes only: reads one tensor by its name in ``state_dict()`` (see
-            `switchkit.interop.files.open_stored`). Those of one file, and the one that was read last, are held at a
+            `switchkit.interop.files.open_stored`). Those of one file, and the last two that were read, are held at a
             time. null: the module has its weights.
 
     Raises:

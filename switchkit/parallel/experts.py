@@ -38,7 +38,7 @@ def shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
     check_experts(name, experts.num_experts, mesh.size())
     for owner, names in _owners(name, experts):
         for own in names:
-            whole: nn.Parameter = owner._parameters[own]  # type: ignore[assignment]
+            whole = owner.get_parameter(own)
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)])
             owner.register_parameter(own, nn.Parameter(part, requires_grad=whole.requires_grad))
         # Set on the instance: its class stays what it is, and FSDP's hooks run around it.

@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 __all__ = ["part_like", "part_of", "state_like"]
 
 
 def part_of(whole: Tensor, like: DTensor) -> Tensor:
     """The part of the whole tensor that this process holds where it is sharded as `like` is; a view."""
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    (held,) = like.__create_chunk_list__()
     part = whole
-    for dimension, (size, start) in enumerate(zip(shape, offset, strict=True)):
+    for dimension, (size, start) in enumerate(zip(held.sizes, held.offsets, strict=True)):
         # A process beyond the last row has none.
         part = part.narrow(dimension, min(start, part.shape[dimension]), size)
     return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,11 @@ import lightning as L
 import pytest
 import torch
 from distributed import RankError, Ranks, run
-from equal import MOE, Case, Loader, as_rank, whole
+from equal import MOE, Case, Loader, alone, as_rank, whole, worst
 from lightning.pytorch.strategies import StrategyRegistry
 
 import switchkit.parallel
-from switchkit import Factor
+from switchkit import Balance, Factor
 from switchkit.parallel import ExpertParallelStrategy
 from switchkit.strategies import ExpertParallelStrategy as Same
 
@@ -98,6 +99,47 @@ def test_half_precision_is_near_full_precision(precision: str) -> None:
         for mine, theirs in zip(rows, full, strict=True):
             assert math.isclose(mine["train/loss"], theirs["train/loss"], rel_tol=0.05)
             assert mine["train/loss"] != theirs["train/loss"]
+
+
+def compiled(rank: int, world: int, backend: str, case: Case, layouts: list[dict[str, Any]]) -> list[tuple[Any, int]]:
+    """What each layout's training did, and how many graphs were made for it."""
+    from torch._dynamo.utils import counters
+
+    real = torch.compile
+    torch.compile = partial(real, backend=backend)  # type: ignore[assignment]
+    found = []
+    for options in layouts:
+        torch.compiler.reset()
+        counters.clear()
+        done = as_rank(rank, world, case, partial(ExpertParallelStrategy, compile=True, **options))
+        found.append((done, counters["stats"]["unique_graphs"]))
+    return found
+
+
+COMPILED = Case(losses=(partial(Balance, weight=0.5, scope="global"),), clip=0.05)
+COMPILED = replace(COMPILED, net=partial(COMPILED.net, num_layers=6, sparse="every(2)"))
+
+
+def test_compiled_blocks_have_the_same_gradients() -> None:
+    """A dense block makes one graph, a sparse one two, before and after what travels; blocks of a kind share them."""
+    two = {"expert_parallel_size": 2}
+    layouts = [two, {**two, "activation_checkpointing": True}, {}]
+    expected = alone(COMPILED)
+    for rank in run(2, compiled, "aot_eager", COMPILED, layouts):
+        for (found, graphs), wanted in zip(rank, (3, 3, 2), strict=True):
+            where, gap = worst(found, expected)
+            assert gap < 2e-6, f"{where}: {gap:.1e}"
+            assert graphs == wanted
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor() -> None:
+    case = replace(COMPILED, net=partial(COMPILED.net, num_layers=1, sparse="every(1)"))
+    expected = alone(case)
+    for ((found, graphs),) in run(2, compiled, "inductor", case, [{"expert_parallel_size": 2}]):
+        where, gap = worst(found, expected)
+        assert gap < 2e-6, f"{where}: {gap:.1e}"
+        assert graphs == 2
 
 
 def test_experts_that_do_not_divide_end_every_rank_with_the_reason() -> None:
