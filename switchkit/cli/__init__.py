@@ -28,7 +28,7 @@ COMMANDS = {
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
     "consolidate": ("consolidate", "make one file of a checkpoint that several devices wrote as a folder"),
     "upcycle": ("upcycle", "make a sparse checkpoint of a dense one"),
-    "prune": ("shrink", "drop the least used experts of a checkpoint"),
+    "prune": ("shrink", "drop the experts of a checkpoint that weigh least"),
     "merge": ("shrink", "merge experts of a checkpoint that are alike"),
     "to-dense": ("shrink", "make a dense checkpoint of a sparse one"),
     "list": ("listing", "show the parts and recipes that a name can stand for"),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from switchkit.cli.checkpoint import checkpoint_path
-from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser
+from switchkit.cli.options import OptionParser, new_file
 
 __all__ = ["run"]
 
@@ -18,11 +16,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="a folder NAME.ckpt; a single file passes through")
     parser.add_argument("--out", required=True, help="the file to write; it must not exist")
     given = parser.parse(argv)
-    source, target = checkpoint_path(given.checkpoint, "runs", "checkpoint"), Path(given.out).expanduser()
-    if target.exists():
-        raise UserError(f"--out {given.out} is there already: name a new file, or remove it first")
-    if not target.parent.is_dir():
-        raise UserError(f"--out {given.out}: there is no folder {target.parent}: create it first")
+    source, target = checkpoint_path(given.checkpoint, "runs", "checkpoint"), new_file(given.out)
 
     from switchkit import checkpoints
 

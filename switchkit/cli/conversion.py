@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser
+from switchkit.cli.options import OptionParser, new_file
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 
 if TYPE_CHECKING:
     from switchkit.module import LanguageModule
 
-__all__ = ["Conversion", "conversion_parser", "new_file", "parsed", "say"]
+__all__ = ["Conversion", "conversion_parser", "parsed", "say"]
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,6 @@ def parsed(parser: OptionParser, argv: Sequence[str]) -> Namespace:
     options = parser.parse(rest)
     options.plugins = plugins
     return options
-
-
-def new_file(given: str) -> Path:
-    """The path of ``--out``.
-
-    Raises:
-        UserError: it is there already, or its folder is not.
-    """
-    out = Path(given).expanduser()
-    if out.exists():
-        raise UserError(f"--out {given}: it is there already: name another file, or remove it first")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {given}: there is no folder {str(out.parent)!r}: create it first")
-    return out
 
 
 def say(text: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkit.cli.conversion import new_file, say
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.conversion import say
+from switchkit.cli.options import OptionParser, new_file, number
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 
 if TYPE_CHECKING:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
 
-__all__ = ["OptionParser"]
+__all__ = ["OptionParser", "new_file", "number"]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -49,3 +50,17 @@ def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
         return value
 
     return read
+
+
+def new_file(given: str) -> Path:
+    """The path of ``--out``, whose folder is there and which is not.
+
+    Raises:
+        UserError: it is there already, or its folder is not.
+    """
+    out = Path(given).expanduser()
+    if out.exists():
+        raise UserError(f"--out {given} is there already: name another file, or remove it first")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {given}: there is no folder {str(out.parent)!r}: create it first")
+    return out

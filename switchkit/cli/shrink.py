@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 ABOUT = {
-    "prune": "Drop the experts of each sparse layer that are used least, and their rows of the router.",
+    "prune": "Drop the experts of each sparse layer that weigh least in its output, and their rows of the router.",
     "merge": "Merge the experts of each sparse layer that the router scores alike (arXiv 2310.01334).",
     "to-dense": "Make a dense checkpoint: one feed-forward layer as wide as an expert stands where each mixture stood, "
     "made of its experts.",
@@ -42,7 +42,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if command == "prune":
         made = shrinking.prune(work.module, options.keep, found, by=options.by)
     elif command == "merge":
-        made = shrinking.merge_experts(work.module, options.experts, found, how=options.how)
+        made = shrinking.merge(work.module, options.experts, found, how=options.how)
     else:
         made = shrinking.to_dense(work.module, found, how=options.how)
     after = None
@@ -72,9 +72,9 @@ def _parser(command: str) -> OptionParser:
         add(
             "--by",
             choices=get_args(By),
-            default="usage",
-            help="which stay: the most used, those of the largest sum of weights, "
-            "or the least alike (default: %(default)s)",
+            default="weight",
+            help="which stay: those of the largest sum of weights, the most used, or the least alike "
+            "(default: %(default)s)",
         )
     else:
         if command == "merge":

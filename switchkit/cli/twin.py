@@ -14,6 +14,7 @@ from switchkit import __version__
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import is_spec, target_of
+from switchkit.cli.options import new_file
 from switchkit.cli.recipes import dump_yaml
 from switchkit.files import write_text
 from switchkit.models import Decoder, EncoderDecoder
@@ -42,7 +43,7 @@ def write(argv: Sequence[str], match: Match, out: Path | None) -> int:
         UserError, ValueError: a file that exists, settings that are wrong, a model without a twin.
     """
     if out is not None:
-        _check_free(out)
+        new_file(str(out))
     cli = ModelOnly(argv)
     if cli.arguments.print_config is not None:
         return 0
@@ -113,10 +114,3 @@ def _header(
         *table,
     ]
     return [*lines, f"# Left out: {', '.join(left_out)}."] if left_out else lines
-
-
-def _check_free(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"--out {out}: it exists already, and is left as it is: choose another name, or move it away")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {str(out.parent)!r}: create it first")

@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchkit.convert.measuring import Measured
 from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.experts.shared import Shared
 from switchkit.layers import MoELayer
+from switchkit.module import LanguageModule
 
-__all__ = ["How", "align", "check_how", "feed_forward_of", "merge", "stack_of"]
+__all__ = ["How", "align", "check_how", "expert_of", "feed_forward_of", "feed_forwards_of", "stack_of"]
 
 How = Literal["mean", "usage", "most_used", "aligned"]
 Weights = Mapping[str, Tensor]
@@ -62,7 +64,7 @@ def align(reference: Weights, experts: Weights) -> dict[str, Tensor]:
     return _reordered(experts, order)
 
 
-def merge(
+def expert_of(
     experts: Weights,
     how: How,
     *,
@@ -113,7 +115,7 @@ def feed_forward_of(
 
     Args:
         layer: its experts are `mlp`, `gated_mlp`, or `shared` with the mix "sum".
-        how: see `merge`.
+        how: see `expert_of`.
         usage: assignments of each expert, as `switchkit.convert.measuring.measure` counts them.
         gate: what the router multiplied the routed experts by, summed over the choices of a token: one mean, as
             measured, or one for each expert. A `switch` router has weights below 1, so that a copy of its expert would
@@ -121,14 +123,14 @@ def feed_forward_of(
 
     Raises:
         ValueError: experts that a `FeedForward` cannot express (another kind, biases, shared ones mixed by a gate), or
-            what `merge` refuses.
+            what `expert_of` refuses.
         ImportError: "aligned" without SciPy.
     """
     experts = layer.experts
     stack = stack_of(experts)
     if "b1" in stack:
         raise ValueError("these experts have biases, and a dense FeedForward has none: it cannot express them")
-    one = merge(stack, how, usage=usage, gate=gate)
+    one = expert_of(stack, how, usage=usage, gate=gate)
     if isinstance(experts, Shared):
         if experts.how != "sum":
             raise ValueError(
@@ -143,8 +145,18 @@ def feed_forward_of(
     return {"up.weight": _turned(one["w1"]), "down.weight": _turned(one["w2"])}
 
 
+def feed_forwards_of(module: LanguageModule, measured: Measured, how: How) -> dict[str, dict[str, Tensor]]:
+    """`feed_forward_of` each sparse layer of a model by its name, with the usage and the weights that were measured."""
+    made = {}
+    for use in measured.layers:
+        layer = module.net.get_submodule(use.layer)
+        assert isinstance(layer, MoELayer)
+        made[use.layer] = feed_forward_of(layer, how, usage=use.load, gate=use.gate)
+    return made
+
+
 def check_how(how: str) -> None:
-    """Refuses a word that `merge` does not know.
+    """Refuses a word that `expert_of` does not know.
 
     Raises:
         ValueError: names those that it knows.

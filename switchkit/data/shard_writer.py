@@ -127,4 +127,4 @@ def refuse_existing(out: str | Path) -> None:
     """Raises DataError if there is something at `out`."""
     out = Path(out).expanduser()
     if out.exists() or out.is_symlink():
-        raise DataError(f"--out {out} is there already and is not overwritten; remove it, or name another folder")
+        raise DataError(f"--out {out} is there already: name another folder, or remove it first")

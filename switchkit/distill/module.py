@@ -23,7 +23,7 @@ from switchkit.distill.evaluation import evaluate
 from switchkit.distill.loss import Distilled, TopK, distillation_loss
 from switchkit.distill.matching import Matching
 from switchkit.distill.stored import StoredTeacher, is_stored
-from switchkit.distill.student import Inherited, Init, inherit, merge_experts
+from switchkit.distill.student import Inherited, Init, inherit, inherit_experts
 from switchkit.distill.teacher import Precision, Teacher, open_teacher
 from switchkit.layers import MoEFactory
 from switchkit.losses.base import LossFactory
@@ -200,7 +200,7 @@ class DistillModule(LanguageModule):
             ValueError: `init` makes nothing of experts, or the experts cannot be merged into the student's layers.
         """
         assert isinstance(self.teacher, Teacher)
-        self.inherited = merge_experts(self.net, self.teacher.module, self.init, batches, self.inherited)
+        self.inherited = inherit_experts(self.net, self.teacher.module, self.init, batches, self.inherited)
         self._begun = True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

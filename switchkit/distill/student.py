@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from switchkit.convert.measuring import measure
-from switchkit.convert.merging import How, feed_forward_of
+from switchkit.convert.merging import How, feed_forwards_of
 from switchkit.layers import MoELayer
 from switchkit.module import LanguageModule
 
-__all__ = ["Inherited", "Init", "inherit", "merge_experts", "outside"]
+__all__ = ["Inherited", "Init", "inherit", "inherit_experts", "outside"]
 
 Init = Literal["fresh", "non_expert", "mean", "usage", "most_used", "aligned"]
 
@@ -66,7 +66,7 @@ def inherit(student: nn.Module, theirs: Mapping[str, Tensor]) -> Inherited:
 
 
 @torch.no_grad()
-def merge_experts(
+def inherit_experts(
     student: nn.Module, teacher: LanguageModule, how: str, batches: Iterable[Mapping[str, Tensor]], so_far: Inherited
 ) -> Inherited:
     """Fill the student's dense layers that stand where the teacher has mixtures with one expert made of theirs.
@@ -76,7 +76,7 @@ def merge_experts(
     Args:
         student: changed in place.
         teacher: in evaluation mode.
-        how: see `switchkit.convert.merging.merge`.
+        how: see `switchkit.convert.merging.expert_of`.
         batches: what the teacher is measured on.
         so_far: what `inherit` did.
 
@@ -86,13 +86,10 @@ def merge_experts(
     if how not in get_args(How):
         raise ValueError(f"init {how!r} makes nothing of experts; those that do are {', '.join(get_args(How))}")
     done: list[str] = []
-    for use in measure(teacher, batches).layers:
-        name = use.layer
-        layer, place = teacher.net.get_submodule(name), _module(student, name)
+    for name, weights in feed_forwards_of(teacher, measure(teacher, batches), cast(How, how)).items():
+        place = _module(student, name)
         if place is None or isinstance(place, MoELayer):
             continue
-        assert isinstance(layer, MoELayer)
-        weights = feed_forward_of(layer, cast(How, how), usage=use.load, gate=use.gate)
         own = place.state_dict(keep_vars=True)
         theirs = {key: list(value.shape) for key, value in weights.items()}
         if {key: list(value.shape) for key, value in own.items()} != theirs:

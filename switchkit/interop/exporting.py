@@ -76,7 +76,7 @@ def export_hf(
         raise ValueError(f"shard_size must be at least 1 byte; got {shard_size}")
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty: name a new folder, or remove it first")
+        raise ValueError(f"{target} is there already and not empty: name another folder, or remove it first")
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent}: create it first")
     save_file = _library()

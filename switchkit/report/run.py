@@ -75,7 +75,8 @@ def closing(cli: Any) -> None:
     for bar in trainer.callbacks:
         if hasattr(bar, "disable"):
             bar.disable()
-    found = trainer.validate(module, datamodule=cli.datamodule, verbose=False)[0]
+    # With limit_val_batches 0 there is nothing to evaluate on.
+    found = (trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0]
     written = None if module.tokenizer is None else sample(module, cli.datamodule)
     config = _config(trainer)
     if not trainer.is_global_zero:
@@ -84,24 +85,28 @@ def closing(cli: Any) -> None:
     info = cli.datamodule.source_info() if hasattr(cli.datamodule, "source_info") else None
     if (box := fallback_box(info)) is not None:
         out.print(box)
-    rows = [
-        ("validation loss", f"{found['val/loss']:.4f} nats per token = {found['val/bits']:.4f} bits"),
-        ("perplexity", f"{found['val/perplexity']:.3f}"),
-        ("token accuracy", f"{found['val/accuracy']:.1%}"),
-        ("wall time", f"{wall:.0f} s"),
-    ]
+    rows = [("wall time", f"{wall:.0f} s")]
+    if found:
+        rows = [
+            ("validation loss", f"{found['val/loss']:.4f} nats per token = {found['val/bits']:.4f} bits"),
+            ("perplexity", f"{found['val/perplexity']:.3f}"),
+            ("token accuracy", f"{found['val/accuracy']:.1%}"),
+            *rows,
+        ]
     if "val/bleu" in found:
         rows.append(("translation", f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"))
     if (speed := _speed(cli, wall)) is not None:
         rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
-    if hasattr(module, "closing_rows"):
+    if found and hasattr(module, "closing_rows"):
         rows += module.closing_rows(islice(cli.datamodule.val_dataloader(), _batches(trainer)), found["val/loss"])
     rows += source_rows(info)
-    rows += loads(module.last_load, module.sparse_layers)
+    rows += loads(module.last_load, module.sparse_layers) if found else []
     rows += [("checkpoint", str(best or last or "none was saved"))]
-    count = _batches(trainer)
-    part = "the whole" if count is None else f"the first {count} batches of the"
-    out.print(rows_table(f"Result on {part} held-out text", rows))
+    count = _batches(trainer) if found else 0
+    part = {None: " on the whole held-out text", 0: ", with no validation"}.get(
+        count, f" on the first {count} batches of the held-out text"
+    )
+    out.print(rows_table(f"Result{part}", rows))
     shown = best or last
     if shown is not None:
         out.print("Next:", style="bold")

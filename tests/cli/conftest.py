@@ -123,3 +123,36 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return code, out.out, out.err
 
     return call
+
+
+MADE: dict[str, bytes] = {}
+"""The checkpoints that many tests begin with, trained once in this process."""
+
+
+@pytest.fixture
+def once(folder: Path, run: Callable[..., tuple[int, str, str]]) -> Callable[..., Path]:
+    """``once(NAME, ...)``: the last checkpoint of a run of the small recipe, below NAME; options go with the name."""
+
+    def made(name: str, *more: str) -> Path:
+        path = folder / name / "version_0" / "checkpoints" / "last.ckpt"
+        if name not in MADE:
+            code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", name, *more)
+            assert code == 0, err
+            MADE[name] = path.read_bytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(MADE[name])
+        return path.relative_to(folder)
+
+    return made
+
+
+@pytest.fixture
+def taught(once: Callable[..., Path]) -> Path:
+    """A checkpoint of the small mixture."""
+    return once("taught")
+
+
+@pytest.fixture
+def dense(once: Callable[..., Path]) -> Path:
+    """A checkpoint of the small recipe without experts."""
+    return once("dense", "--model.net.sparse", "[]", "--model.losses", "[]")

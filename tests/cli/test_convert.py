@@ -19,19 +19,6 @@ pytestmark = [
 SHRINK = {"prune": ["--keep", "2"], "merge": ["--experts", "2"], "to-dense": []}
 
 
-@pytest.fixture
-def trained(folder: Path, run) -> Path:
-    """A checkpoint of the small sparse recipe, with its tokenizer and data settings."""
-    assert run("fit", "-c", "small.yaml")[0] == 0
-    return next((folder / "runs").rglob("last.ckpt"))
-
-
-@pytest.fixture
-def dense(folder: Path, run) -> Path:
-    assert run("fit", "-c", "small.yaml", "--model.net.sparse", "[]", "--model.losses", "[]")[0] == 0
-    return next((folder / "runs").rglob("last.ckpt"))
-
-
 def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Path, capsys) -> None:
     assert main(["upcycle", str(dense), "--num_experts", "4", "--every", "2", "--out", "made.ckpt"]) == 0
     told = capsys.readouterr().err
@@ -50,17 +37,17 @@ def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Pa
     assert main(["fit", *begin, *more, "--trainer.limit_val_batches", "1"]) == 0
 
 
-def test_fewer_experts_are_measured_on_the_checkpoints_data(trained: Path, run) -> None:
+def test_fewer_experts_are_measured_on_the_checkpoints_data(taught: Path, run) -> None:
     for command, options in SHRINK.items():
         out = f"{command}.ckpt"
-        code, told, error = run(command, str(trained), *options, "--batches", "2", "--out", out)
+        code, told, error = run(command, str(taught), *options, "--batches", "2", "--out", out)
         assert code == 0, error
         assert "held-out loss" in told
         assert "used blocks.1.mlp" in told
         made = LanguageModule.load_from_checkpoint(out)
         assert len(made.sparse_layers) == (0 if command == "to-dense" else 1)
         assert run("generate", "--ckpt_path", out, "--prompt", "the", "--max_new_tokens", "3")[0] == 0
-    code, _, error = run("prune", str(trained), "--keep", "2", "--no_data", "--by", "similarity", "--out", "blind.ckpt")
+    code, _, error = run("prune", str(taught), "--keep", "2", "--no_data", "--by", "similarity", "--out", "blind.ckpt")
     assert code == 0
     assert "nothing was measured" in error
 
@@ -73,20 +60,24 @@ BAD = [
     (
         "prune",
         ["--keep", "2", "--no_data"],
-        "--by usage is measured on data: leave --no_data out, or take --by similarity",
+        "--by weight is measured on data: leave --no_data out, or take --by similarity",
     ),
     ("merge", ["--experts", "2", "--how", "sum"], "sum"),
     ("upcycle", [], "has 1 sparse layers already (blocks.1.mlp, ...)"),
-    ("prune", ["--keep", "2", "--out", "text.txt"], "it is there already"),
+    (
+        "prune",
+        ["--keep", "2", "--out", "text.txt"],
+        "--out text.txt is there already: name another file",
+    ),
     ("to-dense", ["--out", "nowhere/made.ckpt"], "there is no folder 'nowhere'"),
 ]
 
 
-def test_bad_input_is_one_line_and_writes_nothing(trained: Path, folder: Path, run) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(taught: Path, folder: Path, run) -> None:
     text = (folder / "text.txt").read_bytes()
     for command, options, why in BAD:
         out = [] if "--out" in options else ["--out", "made.ckpt"]
-        code, _, error = run(command, str(trained), *options, *out)
+        code, _, error = run(command, str(taught), *options, *out)
         assert code == 2, (command, options)
         assert why in error.strip().splitlines()[-1]
         assert "Traceback" not in error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from switchkit import ByteTokenizer, checkpoints
+from switchkit import ByteTokenizer, LanguageModule, checkpoints
 from switchkit.cli.lightning import build
 
 pytestmark = [
@@ -22,34 +22,14 @@ SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--tra
 SHORT += ["--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false"]
 
 
-MADE: dict[str, bytes] = {}
-"""The checkpoints that many tests begin with, trained once."""
-
-
-def once(name: str, run, *more: str) -> Path:
-    """The last checkpoint of a run of the small recipe."""
-    path = Path(name) / "version_0" / "checkpoints" / "last.ckpt"
-    if name in MADE:
-        path.parent.mkdir(parents=True)
-        path.write_bytes(MADE[name])
-        return path
-    code, _, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", name, *more)
-    assert code == 0, err
-    MADE[name] = path.read_bytes()
-    return path
-
-
-@pytest.fixture
-def taught(folder, run) -> Path:
-    """The checkpoint of a small mixture."""
-    return once("taught", run)
-
-
 @pytest.fixture
 def distilled(taught, run) -> Path:
+    before = taught.read_bytes()
     code, out, err = run("fit", "-c", "distill", "--model.teacher", str(taught), *SHORT)
     assert code == 0, err
     assert "compression" in out
+    assert "0.75 cross-entropy + 0.25 divergence" in out
+    assert taught.read_bytes() == before
     return checkpoints.last(Path("runs"))
 
 
@@ -81,6 +61,9 @@ def test_what_is_given_wins(taught):
 def test_a_student_lives_without_its_teacher(distilled, run):
     """Evaluated with and without the settings of its run, continued in text, and begun from."""
     shutil.rmtree("taught")
+    module = LanguageModule.load_from_checkpoint(distilled)
+    assert type(module) is LanguageModule
+    assert not module.sparse_layers
     settings = str(next(Path("runs").rglob("config.yaml")))
     cpu = ["--trainer.accelerator", "cpu"]
     for given in ([], ["-c", settings]):
@@ -178,9 +161,8 @@ def test_pairs(folder, run):
 
 
 @pytest.mark.parametrize("count", ["1", "1.0"])
-def test_the_closing_table_has_both_on_the_same_text(folder, run, count):
+def test_the_closing_table_has_both_on_the_same_text(dense, run, count):
     """A student with its teacher's weights and shape, untrained: no difference, on a part of the text or on all."""
-    dense = once("dense", run, "--model.net.sparse", "[]", "--model.losses", "[]")
     sizes = "{d_model: 16, num_layers: 2, num_heads: 2, d_ff: 32, context: 16, sparse: []}"
     net = f"{{class_path: Decoder, init_args: {sizes}}}"
     Path("same.yaml").write_text(f"model: {{init_args: {{net: {net}, losses: []}}}}\n")
@@ -249,11 +231,6 @@ def test_bad_words(taught, run, more, message):
 # -- distill-report --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dense(folder, run) -> Path:
-    return once("dense", run, "--model.net.sparse", "[]", "--model.losses", "[]")
-
-
 def test_the_report(taught, distilled, dense, run):
     given = ["distill-report", "--device", "cpu", "--dense", str(dense), "--teacher", str(taught)]
     given += ["--student", f"mix={distilled}"]
@@ -279,8 +256,8 @@ def test_what_does_not_compare(taught, dense, run):
     Path("other.txt").write_text("the quick brown fox jumps over the lazy dog!\n" * 100)
     Path("same.txt").write_text("lazy dog. the quick brown fox jumps over the\n" * 100)
     for name in ("other", "same"):
-        more = ["--data.path", f"{name}.txt", "--trainer.default_root_dir", name]
-        code, _, err = run("fit", "-c", "small.yaml", *more)
+        more = ["--data.path", f"{name}.txt", "--trainer.default_root_dir", name, "--trainer.max_steps", "1"]
+        code, _, err = run("fit", "-c", "small.yaml", *more, "--trainer.limit_val_batches", "0")
         assert code == 0, err
     code, _, err = run(*given, f"x={checkpoints.last(Path('other'))}")
     assert code == 2

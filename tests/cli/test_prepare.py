@@ -51,7 +51,7 @@ def test_sub_words_of_a_file(run):
         (["--out", "x"], "the following arguments are required: FILE"),
         (["text.txt"], "the following arguments are required: --out"),
         (["--out", "x", "gone.txt"], "there is no file gone.txt"),
-        (["--out", "mine.py", "text.txt"], "mine.py is there already and is not overwritten"),
+        (["--out", "mine.py", "text.txt"], "mine.py is there already: name another folder, or remove it first"),
         (["--out", "mine.py/x", "text.txt"], "--out mine.py/x cannot be written"),
         (["--out", "x", "--held_out", "1", "text.txt"], "--held_out: expected a number above 0 and below 1, got '1'"),
         (["--out", "x", "--shard_tokens", "0", "text.txt"], "--shard_tokens: expected an integer of at least 1"),

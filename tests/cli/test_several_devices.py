@@ -139,8 +139,8 @@ def test_consolidate_refuses_what_it_cannot_do(folder: Path, run: Run) -> None:
     (folder / "there").touch()
     assert "no whole checkpoint of switchkit" in run("consolidate", "x.ckpt", "--out", "y.ckpt")[2]
     assert "there is no such file" in run("consolidate", "z.ckpt", "--out", "y.ckpt")[2]
-    assert "--out there is there already" in run("consolidate", "x.ckpt", "--out", "there")[2]
-    assert "there is no folder no" in run("consolidate", "x.ckpt", "--out", "no/y.ckpt")[2]
+    assert "--out there is there already: name another file" in run("consolidate", "x.ckpt", "--out", "there")[2]
+    assert "there is no folder 'no'" in run("consolidate", "x.ckpt", "--out", "no/y.ckpt")[2]
 
 
 def test_sizes_that_do_not_fit_are_told_in_one_line(folder: Path, run: Run) -> None:

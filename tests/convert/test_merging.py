@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkit import FeedForward, GatedMlp, Mixed, Mlp, MoELayer, Null, Rows, Shared, TopK
-from switchkit.convert.merging import align, feed_forward_of, merge, stack_of
+from switchkit.convert.merging import align, expert_of, feed_forward_of, stack_of
 
 D, F, E = 6, 5, 4
 KINDS = {
@@ -101,7 +101,7 @@ def test_merging_one_expert_with_its_permutations(how: str, experts: Mlp | Gated
     """Exact where units are matched, or only one is taken; the others lose something."""
     first = one(stack_of(experts), 0)
     stack = stacked([first, *(shuffled(first, seed) for seed in range(1, E))])
-    found = merge(stack, how, usage=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    found = expert_of(stack, how, usage=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     same = filled(experts, stacked([found] * E))
     wanted = outputs(filled(type(experts)(D, F, E, bias="b1" in stack, activation=experts.activation).double(), stack))
     error = float((outputs(same) - wanted).detach().abs().max())
@@ -116,12 +116,12 @@ def test_the_means_are_what_they_say(experts: Mlp | GatedMlp) -> None:
         ("usage", [0, 3 / 8, 1 / 8, 4 / 8]),
         ("most_used", [0, 0, 0, 1]),
     ):
-        found = merge(stack, how, usage=usage, gate=gate)
+        found = expert_of(stack, how, usage=usage, gate=gate)
         for name, weight in found.items():
             scale = gate.tolist() if name in ("w2", "b2") else [1.0] * E
             naive = sum(parts[e] * scale[e] * stack[name][e] for e in range(E))
             torch.testing.assert_close(weight, naive, rtol=1e-12, atol=1e-12)
-    plain, twice = merge(stack, "mean"), merge(stack, "mean", gate=2.0)
+    plain, twice = expert_of(stack, "mean"), expert_of(stack, "mean", gate=2.0)
     torch.testing.assert_close(twice["w2"], 2 * plain["w2"])
     assert torch.equal(twice["w1"], plain["w1"])
 
@@ -191,12 +191,12 @@ def test_what_cannot_be_expressed_is_refused() -> None:
 def test_bad_usage_is_refused(how: str, usage: list[float] | None, why: str) -> None:
     given = None if usage is None else torch.tensor(usage)
     with pytest.raises(ValueError, match=why):
-        merge(stack_of(Mlp(D, F, E)), how, usage=given)
+        expert_of(stack_of(Mlp(D, F, E)), how, usage=given)
 
 
 def test_another_word_is_refused() -> None:
     with shapes.unchecked(), pytest.raises(ValueError, match="one of mean, usage, most_used, aligned; got 'median'"):
-        merge(stack_of(Mlp(D, F, E)), "median")
+        expert_of(stack_of(Mlp(D, F, E)), "median")
 
 
 def test_a_reference_of_another_shape_is_refused() -> None:
@@ -208,5 +208,5 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     stack = stack_of(Mlp(D, F, E))
     with pytest.raises(ImportError, match=r"pip install 'switchkit\[base\]'"):
-        merge(stack, "aligned")
-    assert merge(stack, "mean")["w1"].shape == (D, F)
+        expert_of(stack, "aligned")
+    assert expert_of(stack, "mean")["w1"].shape == (D, F)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchkit import Decoder, EncoderDecoder, GatedMlp, LanguageModule, Mlp, MoELayer, Shared, Sigmoid, Switch, TopK
 from switchkit.convert.comparing import change
 from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
-from switchkit.convert.shrinking import groups_of, kept_experts, merge_experts, prune, rescale, to_dense
+from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale, to_dense
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
 
@@ -102,11 +102,11 @@ def test_merging_equal_experts_is_exact(kind: str) -> None:
     else:
         equal_experts(module, shuffled=True)
     found = measured(module)
-    made = merge_experts(module, 2, found)
+    made = merge(module, 2, found)
     assert all(layer.num_experts == 2 for layer in layers(made))
     assert loss(made) == pytest.approx(found.loss, abs=1e-6)
     if kind != "shared":
-        assert abs(loss(merge_experts(module, 2, found, how="usage")) - float(found.loss or 0)) > 1e-3
+        assert abs(loss(merge(module, 2, found, how="usage")) - float(found.loss or 0)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", [Mlp, GatedMlp])
@@ -125,7 +125,7 @@ def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
         halves = [half[:, :, order] for half in stack.w1[:3].chunk(stack.w1.shape[-1] // F, dim=-1)]
         stack.w1[3:], stack.w2[3:] = torch.cat(halves, -1), stack.w2[:3][:, order]
     found = measured(module)
-    made = merge_experts(module, 3, found)
+    made = merge(module, 3, found)
     assert change(module, made).logits > 1e-3
     assert rescale(made, found, measured(made))
     assert change(module, made).logits < 1e-12
@@ -147,8 +147,8 @@ def test_of_two_that_are_alike_the_less_used_goes() -> None:
     use = ExpertUse("x", load, load.flip(0), 21, torch.diag(load), torch.tensor(alike).double())
     assert kept_experts(use, 3, "similarity") == [1, 2, 3]
     assert kept_experts(use, 2, "similarity") == [1, 3]
-    assert kept_experts(use, 2) == [1, 3]
-    assert kept_experts(use, 2, "weight") == [0, 2]
+    assert kept_experts(use, 2, "usage") == [1, 3]
+    assert kept_experts(use, 2, "weight") == kept_experts(use, 2) == [0, 2]
 
 
 def test_groups_join_the_most_alike_leader() -> None:
@@ -162,7 +162,7 @@ def test_groups_join_the_most_alike_leader() -> None:
 def test_a_merged_row_of_the_router_is_the_mean_by_usage() -> None:
     module = module_of()
     found = measured(module)
-    made = merge_experts(module, 2, found)
+    made = merge(module, 2, found)
     for use, old, new in zip(found.layers, layers(module), layers(made), strict=True):
         group = groups_of(use.alike, use.load, 2).tolist()
         for number in range(2):
@@ -213,7 +213,7 @@ def test_granularity_is_gone() -> None:
         (lambda m, f: prune(m, E, f), "5 experts cannot be left of the 5 of blocks.1.mlp: at least 2"),
         (lambda m, f: prune(m, 1, f), "1 experts cannot be left"),
         (lambda m, f: prune(m, 2, f, by="luck"), "by must be one of usage, weight, similarity; got 'luck'"),
-        (lambda m, f: merge_experts(m, 2, f, how="sum"), "how must be one of"),
+        (lambda m, f: merge(m, 2, f, how="sum"), "how must be one of"),
     ],
 )
 def test_what_is_impossible_is_refused(call, why: str) -> None:

@@ -142,7 +142,7 @@ def test_neither_do_ctrl_c_and_a_full_disk(tmp_path: Path, file: str, error: Bas
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path, file: str) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="out is there already and is not overwritten"):
+    with pytest.raises(DataError, match="out is there already: name another folder"):
         prepare(tmp_path / "out", [TextFile(file)], ByteTokenizer())
     assert left(tmp_path) == {"out", "play.txt"}
 

@@ -67,7 +67,10 @@ def test_half_precision_goes_through_a_checkpoint(tmp_path) -> None:
     [
         (["import-hf"], "the following arguments are required: FOLDER, --out"),
         (["import-hf", "x", "--out", "missing/run.ckpt"], "--out missing/run.ckpt: there is no folder 'missing'"),
-        (["import-hf", "x", "--out", "there.ckpt"], "--out there.ckpt: it is there already"),
+        (
+            ["import-hf", "x", "--out", "there.ckpt"],
+            "--out there.ckpt is there already: name another file",
+        ),
         (["import-hf", "x", "--out", "new.ckpt"], "there is no folder 'x'"),
         (["import-hf", "https://a.b/c", "--out", "new.ckpt"], "is an address; only local folders are read"),
         (
