@@ -124,7 +124,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return layout(self.world_size, self.expert_parallel_size, self.data_parallel_replicate)
 
     def _configure_launcher(self) -> None:
-        super()._configure_launcher()
+        # Lightning gives one to the first process only; the others have to be looked after too.
+        assert self.cluster_environment is not None
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         end_together(self._launcher)
 
     def setup_environment(self) -> None:

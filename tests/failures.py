@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 FAULTS = ("kill", "raise", "hang", "SIGTERM", "SIGINT")
 LATE = 4.0
 """The timeout of a run in which a rank hangs, in seconds."""
+START, AFTER = 400.0, 90.0
+"""Deadlines in seconds, until the fault and after it: a busy machine takes minutes to import torch several times."""
 
 RECIPE = """\
 plugins: [faulty]
@@ -56,7 +58,7 @@ class Fault(L.Callback):
     def on_train_batch_start(self, trainer, *rest):
         if trainer.global_step != 6 or trainer.global_rank not in self.ranks:
             return
-        Path("when").write_text(str(time.time()))
+        Path("when").touch()
         if self.what == "raise":
             raise RuntimeError("a planted fault")
         if self.what == "hang":
@@ -107,31 +109,32 @@ def strategy(name: str, timeout: float | None = None) -> list[str]:
             "--trainer.strategy.timeout_seconds", str(timeout)]  # fmt: skip
 
 
-def fit(folder: Path, *options: str, command: tuple[str, ...] = (), deadline: float = 120.0) -> Outcome:
-    """Run `switchkit fit` in a process group of its own until all of it has ended; what is left is killed."""
+def fit(folder: Path, *options: str, command: tuple[str, ...] = (sys.executable,)) -> Outcome:
+    """Run `switchkit fit` in a process group of its own until all of it has ended, or `AFTER` the fault; then it is
+    killed."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    (folder / "when").unlink(missing_ok=True)
+    when = folder / "when"
+    when.unlink(missing_ok=True)
     with tempfile.TemporaryFile("w+") as output:  # not a pipe, which an orphan would keep open
-        argv = [*(command or (sys.executable,)), "-m", "switchkit", "fit", "--config", "run.yaml", *options]
+        argv = [*command, "-m", "switchkit", "fit", "--config", "run.yaml", *options]
         process = subprocess.Popen(argv, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT,
                                    start_new_session=True)  # fmt: skip
-        until = time.monotonic() + deadline
+        began = time.time()
         try:
-            code = process.wait(deadline)
-            left = len(group(process.pid))
-            while group(process.pid) and time.monotonic() < until:
+            while process.poll() is None or group(process.pid):
+                now = time.time()
+                if now > (when.stat().st_mtime + AFTER if when.exists() else began + START):
+                    break
                 time.sleep(0.05)
-            left = left and len(group(process.pid))
-            ended = time.time()
+            ended, left = time.time(), len(group(process.pid))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            code = process.wait()
         output.seek(0)
-        when = folder / "when"
-        began = float(when.read_text()) if when.exists() else ended
-        return Outcome(128 - code if code < 0 else code, output.read(), ended - began, left)
+        seconds = ended - when.stat().st_mtime if when.exists() else 0.0
+        return Outcome(128 - code if code < 0 else code, output.read(), seconds, left)
 
 
 def group(number: int) -> list[int]:
@@ -162,7 +165,7 @@ def main(names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             # Lightning's strategy has one timeout for the start too.
             late = (LATE if name != "ddp" else 60.0) if what == "hang" else None
-            found = fit(lay_out(Path(folder)), *strategy(name, late), *faulty(what, *ranks), deadline=400.0)
+            found = fit(lay_out(Path(folder)), *strategy(name, late), *faulty(what, *ranks))
             saved = ", ".join(str(path.name) for path in Path(folder).rglob("*.ckpt"))
         told = " ".join(found.lines)
         where = " and ".join(map(str, ranks))

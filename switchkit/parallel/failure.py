@@ -7,6 +7,7 @@ they lack is added here: a thread that sees a process end which this one depends
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import re
 import select
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["AGAIN", "destroy_group", "watch"]
+__all__ = ["AGAIN", "watch"]
 
 POLL = 0.2
 GRACE = 10.0
@@ -53,7 +54,7 @@ def watch(launcher: Any, tells: Callable[[BaseException], bool] | None = None) -
         launcher.launch = partial(_launch, launcher, tells or (lambda error: False))
 
 
-def destroy_group() -> None:
+def _destroy_group() -> None:
     """Take the process group down, for the end of a process: gloo's threads abort one that ends without it."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -78,7 +79,8 @@ def _launch(launcher: Any, tells: Callable[[BaseException], bool], function: Cal
         global _watch
         os.environ.pop(STARTED_BY, None)
         if _watch is None:
-            atexit.register(destroy_group)
+            # Python looks through all objects of torch and Lightning when it ends, for 1.2 s of processor time.
+            atexit.register(gc.freeze)
             children = list(launcher.procs)
             # Lightning's observer kills this process as soon as another ended with a code, that of a clean stop too.
             # It holds the list, and finds it empty.
@@ -90,6 +92,9 @@ def _launch(launcher: Any, tells: Callable[[BaseException], bool], function: Cal
             rank = first + environment.local_rank()
             _watch = _Watch(rank, named, None if started_by is None else int(started_by))
             _watch.start()
+            # Later than the watch's own, and so before it: NCCL's processes leave their group together.
+            atexit.register(_destroy_group)
+        _watch.begin()
         try:
             return function(*arguments, **options)
         except BaseException as error:
@@ -119,16 +124,20 @@ class _Watch(threading.Thread):
         self.rank, self.children, self.parent = rank, children, parent
         self._alarm, told = os.pipe()
         os.set_blocking(told, False)
-        self._told_at: float | None = None
         # A handler waits for the main thread, which may wait for a hung rank; this is written at once.
         if threading.current_thread() is threading.main_thread():
             others = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
             if others != -1:
                 signal.set_wakeup_fd(others)
-        self._until: float | None = None  # the main thread has to be done by then
-        self._over = False
+        self.begin()
         if children:
             atexit.register(self._wait)
+
+    def begin(self) -> None:
+        """A launch begins; a process may see several."""
+        self._told_at: float | None = None
+        self._until: float | None = None  # the main thread has to be done by then
+        self._over = False
 
     def run(self) -> None:
         while True:
@@ -176,9 +185,9 @@ class _Watch(threading.Thread):
                 process.wait(GRACE)
 
     def _wait(self) -> None:
-        """At the end of this process: the others end with it."""
-        self._over = True
-        until = time.monotonic() + 2 * GRACE
+        """At the end of this process: the others end with it, and it does not end well if they did not."""
+        ended_well, self._over = not self._over, True
+        until = time.monotonic() + 3 * GRACE
         for rank, process in self.children.items():
             try:
                 process.wait(max(0.0, until - time.monotonic()))
@@ -186,6 +195,9 @@ class _Watch(threading.Thread):
                 _say(f"rank {rank} (process {process.pid}) does not end: killed")
                 process.kill()
                 process.wait()
+        failed = self._failed()
+        if ended_well and failed is not None:
+            self._end(_code(self.children[failed]), self._fate(failed))
 
     # -- what the main thread does when `launch` fails -----------------------------------------------------------
 
@@ -208,7 +220,9 @@ class _Watch(threading.Thread):
         # Rank 0 knows more, and ends this process meanwhile.
         time.sleep(GRACE if others else ALIKE)
         if others and self.parent is not None:
-            _say(f"rank {self.rank}: {_words(error)}; rank 0 (process {self.parent}) hangs: killed")
+            late = _LATE.search(str(error))
+            cause = f"did not come within {_seconds(late)}" if late else f"does not end ({_words(error)})"
+            _say(f"rank 0 (process {self.parent}) {cause}: killed by rank {self.rank}")
             with suppress(ProcessLookupError):
                 os.kill(self.parent, signal.SIGKILL)
             return 1
@@ -238,7 +252,7 @@ class _Watch(threading.Thread):
             return None, None
         names = [f"{r} (process {self.children[r].pid})" if r in self.children else str(r) for r in quiet]
         what = "rank" if len(quiet) == 1 else "ranks"
-        return f"{what} {', '.join(names)} did not come within {int(late[1]) / 1000:g} s: killed", 1
+        return f"{what} {', '.join(names)} did not come within {_seconds(late)}: killed", 1
 
     def _fate(self, rank: int, said: str | None = None) -> str:
         process = self.children[rank]
@@ -250,6 +264,10 @@ class _Watch(threading.Thread):
 def _code(process: subprocess.Popen[Any]) -> int:
     """As shells have it."""
     return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def _seconds(late: re.Match[str]) -> str:
+    return f"{int(late[1]) / 1000:g} s"
 
 
 def _words(error: BaseException) -> str:
