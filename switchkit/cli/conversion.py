@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, new_file
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 
@@ -45,6 +46,11 @@ class Conversion:
         path = Path(options.checkpoint).expanduser()
         if options.checkpoint == "last":
             path = checkpoints.last(Path(options.default_root_dir))
+        if (path / "config.json").is_file():
+            raise UserError(
+                f"{path} is a folder of Hugging Face's: make a checkpoint of it first, with switchkit import-hf {path} "
+                "--out model.ckpt"
+            )
         module = open_checkpoint(path)
         settings = checkpoints.read_settings(path)
         return cls(path, out, module, settings["data"], settings["source"])

@@ -84,3 +84,13 @@ def test_bad_input_is_one_line_and_writes_nothing(taught: Path, folder: Path, ru
         assert not (folder / "made.ckpt").exists()
         assert not list(folder.glob(".*.part"))
     assert (folder / "text.txt").read_bytes() == text
+
+
+def test_a_folder_of_hugging_face_is_to_be_imported_first(folder: Path, run) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    code, _, error = run("upcycle", "hf", "--out", "made.ckpt")
+    assert code == 2
+    assert error.splitlines()[-1].endswith(
+        "make a checkpoint of it first, with switchkit import-hf hf --out model.ckpt"
+    )
