@@ -89,7 +89,7 @@ class Start:
             if id(value) not in freed:
                 take(value.detach(), parameters[name].detach())
         _check_untouched(freed.values())
-        for name, value in drawn.named_buffers():
+        for name, value in drawn.named_buffers():  # type: ignore[assignment]
             take(value, buffers[name])
 
 

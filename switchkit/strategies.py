@@ -152,9 +152,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             module, self.meshes, self.root_device, checkpointing=self.activation_checkpointing, compiling=self.compile
         )
         if isinstance(start := getattr(module, "start", None), Start):
-            module.net.to_empty(device=self.root_device)
-            start.draw(module.net, partial(_take_part, self.root_device))
-            module.start = None
+            net: nn.Module = module.net  # type: ignore[assignment]
+            net.to_empty(device=self.root_device)
+            start.draw(net, partial(_take_part, self.root_device))
+            module.start = None  # type: ignore[assignment]
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -284,7 +285,7 @@ def _placement(shards: int, parameter: nn.Parameter) -> Shard:
     return Shard(sharded_dimension(own.shape, shards))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _as_it_is(part: nn.Module, *arguments: Any, **options: Any) -> Any:
     """`forward` of the part's class, out of the compiler's reach."""
     return type(part).forward(part, *arguments, **options)

@@ -95,5 +95,5 @@ def _opened(content: Mapping[str, Any], path: str | Path) -> LanguageModule:
         factory = partial(factory, net=OnMeta(net.func, **net.keywords))
     module: LanguageModule = factory()
     module.load_state_dict(content["state_dict"], assign=True)
-    module.on_load_checkpoint(content)
+    module.on_load_checkpoint(dict(content))
     return module

@@ -13,7 +13,7 @@ __all__ = ["part_like", "part_of", "state_like"]
 
 def part_of(whole: Tensor, like: DTensor) -> Tensor:
     """The part of the whole tensor that this process holds where it is sharded as `like` is; a view."""
-    (held,) = like.__create_chunk_list__()
+    (held,) = like.__create_chunk_list__()  # type: ignore[no-untyped-call]
     part = whole
     for dimension, (size, start) in enumerate(zip(held.sizes, held.offsets, strict=True)):
         # A process beyond the last row has none.

@@ -18,9 +18,16 @@ USED = {
     "torch:_foreach_norm": "parallel/norm.py: the norms of all gradients in one launch",
     "torch:_foreach_mul_": "parallel/norm.py: clips all gradients in one launch",
     "lightning.pytorch.strategies:ModelParallelStrategy._setup_distributed": "strategies.py: joins the processes",
+    "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher": "strategies.py: starts the processes",
+    "lightning.pytorch.strategies.launchers.launcher:_Launcher": "strategies.py: the kind of a strategy's launcher",
 }
 """Each with who uses it, and what for."""
 ATTRIBUTES = {
+    "_exit": "parallel/failure.py: os._exit, which is documented",
+    "_get_default_store": "parallel/failure.py: torch.distributed.distributed_c10d's, for the last words of a process",
+    "_set_pg_timeout": "strategies.py: torch.distributed.distributed_c10d's, the timeout of each group",
+    "_signal_connector": "parallel/failure.py: the Trainer's, whose SIGTERM handler would wait for ever",
+    "_sigterm_notifier_fn": "parallel/failure.py: that handler",
     "_parameters": "parallel/experts.py: a twin of the experts with plain tensors; torch.nn.Module's own dictionary",
 }
 
