@@ -79,6 +79,8 @@ def _collect(pipes: list[Connection], until: float) -> list[Any]:
 
 def _rank(pipe: Connection, store: Path, rank: int, world: int, function: Callable[..., Any], arguments: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A strategy seeds its processes with what `seed_everything` left here, another test's in the one that forked.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

@@ -103,9 +103,11 @@ def closing(cli: Any) -> None:
     rows += loads(module.last_load, module.sparse_layers) if found else []
     rows += [("checkpoint", str(best or last or "none was saved"))]
     count = _batches(trainer) if found else 0
-    part = {None: " on the whole held-out text", 0: ", with no validation"}.get(
-        count, f" on the first {count} batches of the held-out text"
-    )
+    part = {
+        None: " on the whole held-out text",
+        0: ", with no validation",
+        1: " on the first batch of the held-out text",
+    }.get(count, f" on the first {count} batches of the held-out text")
     out.print(rows_table(f"Result{part}", rows))
     shown = best or last
     if shown is not None:
