@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +97,10 @@ def faulty(what: str, *ranks: int) -> list[str]:
 
 
 def strategy(name: str, timeout: float | None = None) -> list[str]:
-    """Options for a strategy, by class path where it needs a timeout of its own."""
+    """Options for a strategy, with a timeout where it is given."""
     if timeout is None:
         return ["--trainer.strategy", name]
-    if name == "ddp":
-        return ["--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy",
-                "--trainer.strategy.timeout", str(timedelta(seconds=timeout))]  # fmt: skip
-    return ["--trainer.strategy.class_path", "switchkit.parallel.ExpertParallelStrategy",
-            "--trainer.strategy.expert_parallel_size", "2",
-            "--trainer.strategy.timeout_seconds", str(timeout)]  # fmt: skip
+    return ["--trainer.strategy", name, "--trainer.strategy.timeout_seconds", str(timeout)]
 
 
 def fit(folder: Path, *options: str, command: tuple[str, ...] = (sys.executable,)) -> Outcome:
