@@ -11,34 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint as recompute
 
 from switchkit import checkpoints
-from switchkit.blocks import Block
-from switchkit.capacity.policies import Dropless
-from switchkit.layers import MoELayer
-from switchkit.parallel.exchange import Exchange
-from switchkit.parallel.experts import shard_experts, stacked
 from switchkit.parallel.failure import watch
-from switchkit.parallel.mesh import Layout, Meshes, check_experts, layout, sharded_dimension
+from switchkit.parallel.mesh import Layout, Meshes, layout
 from switchkit.parallel.norm import clip_norm
-from switchkit.parallel.place import part_like, part_of, state_like
+from switchkit.parallel.place import part_like, state_like
 from switchkit.registry import resolve
+from switchkit.sharding import parallelize, take_part, warn_of_batches
 from switchkit.start import Start, later
 
-__all__ = ["ExpertParallelStrategy", "draws_by_parts", "end_together", "parallelize"]
+__all__ = ["ExpertParallelStrategy", "draws_by_parts", "end_together"]
 
 START = 120.0
 """Seconds that the processes have to meet at the start."""
@@ -147,14 +140,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         module = self.lightning_module
         assert module is not None
-        _warn_of_batches(module, self.world_size)
+        warn_of_batches(module, self.world_size)
         parallelize(
             module, self.meshes, self.root_device, checkpointing=self.activation_checkpointing, compiling=self.compile
         )
         if isinstance(start := getattr(module, "start", None), Start):
             net: nn.Module = module.net  # type: ignore[assignment]
             net.to_empty(device=self.root_device)
-            start.draw(net, partial(_take_part, self.root_device))
+            start.draw(net, partial(take_part, self.root_device))
             module.start = None  # type: ignore[assignment]
         self.model_to_device()
         self.barrier()
@@ -230,91 +223,6 @@ def end_together(launcher: _Launcher | None, tells: Callable[[BaseException], bo
     """
     if isinstance(launcher, _SubprocessScriptLauncher):
         watch(launcher, tells)
-
-
-def parallelize(
-    module: nn.Module, meshes: Meshes, device: torch.device, *, checkpointing: bool = False, compiling: bool = False
-) -> None:
-    """Shard the children of a module over the meshes, in place; a second time it does nothing.
-
-    All processes start from the values of the first. Units are the blocks, and within them the experts.
-
-    Raises:
-        ValueError: parameters of the module itself, experts that cannot be shared out.
-    """
-    if any(isinstance(part, FSDPModule) for part in module.modules()):
-        return
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    if own:
-        raise ValueError(f"{type(module).__name__} has parameters of its own ({own[0]}): put them into a child module")
-    shares = meshes.expert.size()
-    for name, part in module.named_modules():
-        if isinstance(part, MoELayer) and shares > 1:
-            # Before anything is changed.
-            check_experts(name, part.num_experts, shares)
-            stacked(name, part.experts)
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.is_meta:
-            _take_from_first(tensor.data, device)
-    cut = partial(_placement, meshes.whole_dense["shard"].size())
-    cut_experts = partial(_placement, meshes.whole_sparse["expert_shard"].size())
-    for name, part in list(module.named_modules()):
-        if isinstance(part, MoELayer) and shares > 1:
-            shard_experts(name, part.experts, meshes.expert)
-            part.dispatcher = Exchange(part.dispatcher, meshes.expert.get_group())
-            for owner in stacked(name, part.experts):
-                fully_shard(owner, mesh=meshes.expert_data, shard_placement_fn=cut_experts)
-            if compiling:
-                part.forward = partial(_as_it_is, part)  # type: ignore[method-assign]
-    for part in list(module.modules()):
-        if isinstance(part, Block):
-            # On the instance, so that FSDP's hooks gather the weights around it.
-            if compiling:
-                part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
-            if checkpointing:
-                # Around what is compiled: in it, the wait of a sparse layer would keep all of it from being compiled.
-                part.forward = partial(recompute, part.forward, use_reentrant=False)  # type: ignore[method-assign]
-            fully_shard(part, mesh=meshes.dense, shard_placement_fn=cut)
-    for child in module.children():
-        if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=meshes.dense, shard_placement_fn=cut)
-
-
-def _placement(shards: int, parameter: nn.Parameter) -> Shard:
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return Shard(sharded_dimension(own.shape, shards))
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _as_it_is(part: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """`forward` of the part's class, out of the compiler's reach."""
-    return type(part).forward(part, *arguments, **options)
-
-
-def _take_from_first(tensor: Tensor, device: torch.device) -> None:
-    there = tensor.to(device)
-    dist.broadcast(there, 0)
-    tensor.copy_(there)
-
-
-def _take_part(device: torch.device, value: Tensor, own: Tensor) -> None:
-    """This process's part of the first one's value."""
-    there = value.to(device)
-    dist.broadcast(there, 0)
-    if isinstance(own, DTensor):
-        own.to_local().copy_(part_of(there, own))
-    else:
-        own.copy_(there)
-
-
-def _warn_of_batches(module: nn.Module, world: int) -> None:
-    layers = [part for part in module.modules() if isinstance(part, MoELayer)]
-    bound = [m for m in layers if m.group == "batch" and (m.router.k is None or not isinstance(m.capacity, Dropless))]
-    if world > 1 and bound:
-        rank_zero_warn(
-            f"group='batch' counts capacity over the batch of each device: {world} devices drop other tokens than one "
-            "would. group='sequence' does not depend on the devices"
-        )
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

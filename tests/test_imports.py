@@ -33,6 +33,7 @@ ROWS = [
         "plan",
         "step",
         "start",
+        "sharding",
         "strategies",
         "ddp",
         "convert",

@@ -16,7 +16,7 @@ from equal import MOE, NET, VOCABULARY, Loader, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from switchkit import Decoder, EncoderDecoder, GatedMlp, Hash, LanguageModule, MoELayer, Sigmoid, strategies
+from switchkit import Decoder, EncoderDecoder, GatedMlp, Hash, LanguageModule, MoELayer, Sigmoid, sharding, strategies
 from switchkit.parallel import ExpertParallelStrategy
 from switchkit.start import begin, later
 
@@ -91,8 +91,8 @@ def alive() -> int:
 def peak(rank: int, world: int, empty: bool) -> tuple[int, int]:
     """Bytes of the whole model, and the most that were alive when a value was handed over."""
     seen = []
-    for name in ("_take_part", "_take_from_first"):
-        take = getattr(strategies, name)
+    for place, name in ((strategies, "take_part"), (sharding, "take_from_first")):
+        take = getattr(place, name)
 
         def counted(*given: Any, take: Callable[..., None] = take) -> None:
             # Once a block, at its first large tensor.
@@ -100,7 +100,7 @@ def peak(rank: int, world: int, empty: bool) -> tuple[int, int]:
                 seen.append(alive())
             take(*given)
 
-        setattr(strategies, name, counted)
+        setattr(place, name, counted)
     own = trainer(rank, world, {"expert_parallel_size": 2})
     with own.init_module(empty_init=empty):
         made = LanguageModule(partial(NET, d_model=64, d_ff=128, num_layers=4), vocab_size=VOCABULARY)

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered together, as `switchkit.strategies.parallelize` makes the units of FSDP2."""
+    """Parameters that are gathered together, as `switchkit.sharding.parallelize` makes the units of FSDP2."""
 
     kind: Literal["root", "block", "experts"]
     """What is in no block, a block without experts that are shared out, or the experts of a layer that are."""

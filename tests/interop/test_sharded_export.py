@@ -20,7 +20,7 @@ from switchkit.interop.config import Config
 from switchkit.interop.families import family_named
 from switchkit.interop.files import open_stored, save_checkpoint
 from switchkit.parallel.mesh import layout
-from switchkit.strategies import parallelize
+from switchkit.sharding import parallelize
 
 LLAMA = {
     "vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
