@@ -19,22 +19,25 @@ def given_checkpoint(sources: Sequence[Source], option: str = "ckpt_path") -> Pa
 
 
 def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
-    """The file that ``--ckpt_path`` means; ``last`` is the newest intact one below the run folder."""
+    """The file that ``--ckpt_path`` means; ``last`` is the newest intact one below the run folder.
+
+    An empty `option` is an argument without a name.
+    """
+    flag = f"--{option} " if option else ""
     if not isinstance(given, str):
-        raise UserError(f"--{option}: expected a path or 'last', got {short(given)}")
+        raise UserError(f"{flag.strip()}: expected a path or 'last', got {short(given)}")
     if given == "last":
         from switchkit import checkpoints
 
         return Path(checkpoints.last(Path(root)))
     if "://" in given:
-        raise UserError(f"--{option} {given}: download the checkpoint first; only local files are loaded")
+        raise UserError(f"{flag}{given}: download the checkpoint first; only local files are loaded")
     path = Path(given).expanduser()
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else None
         known = [str(other) for other in folder.glob("*.ckpt")] if folder else []
         raise UserError(
-            f"--{option} {given}: there is no such file{near(given, known)} "
-            f"--{option} last takes the newest below {root}"
+            f"{flag}{given}: there is no such file{near(given, known)} {flag}last takes the newest below {root}"
         )
     return path
 

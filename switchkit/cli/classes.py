@@ -13,7 +13,7 @@ from switchkit import registry
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.signatures import Place, word
 
-__all__ = ["find_class", "named_strategy"]
+__all__ = ["check_strategy", "find_class", "named_strategy"]
 
 
 def find_class(name: str, place: Place, where: str) -> Any:
@@ -57,6 +57,28 @@ def named_strategy(name: Any, place: Place) -> tuple[type, dict[str, Any]] | Non
         return None
     entry = StrategyRegistry[name]
     return entry["strategy"], dict(entry["init_params"])
+
+
+def check_strategy(name: str, place: Place, where: str) -> None:
+    """Let a text pass where a strategy may stand, if Lightning will know it.
+
+    Raises:
+        UserError: it is the name of no strategy.
+    """
+    from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+    known = ["auto", *StrategyRegistry]
+    if Strategy not in place.bases or name.lower() in known:
+        return
+    short = [name for name in known if "_" not in name or name.startswith("expert_parallel")]
+    size = name.removeprefix("expert_parallel_")
+    raise UserError(
+        f"{where}: to share experts out over {size} devices: --trainer.strategy expert_parallel "
+        f"--trainer.strategy.expert_parallel_size {size}"
+        if size.isdecimal()
+        else f"{where}: unknown strategy {name!r}{near(name, known)} Accepted: {', '.join(short)}, variants "
+        "of these that Lightning has, or a class by its path"
+    )
 
 
 def _check(found: Any, name: str, place: Place, table: dict[str, type], where: str) -> None:

@@ -16,7 +16,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="a folder NAME.ckpt; a single file passes through")
     parser.add_argument("--out", required=True, help="the file to write; it must not exist")
     given = parser.parse(argv)
-    source, target = checkpoint_path(given.checkpoint, "runs", "checkpoint"), new_file(given.out)
+    source, target = checkpoint_path(given.checkpoint, "runs", ""), new_file(given.out)
 
     from switchkit import checkpoints
 

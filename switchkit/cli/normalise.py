@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from switchkit.cli.classes import find_class, named_strategy
+from switchkit.cli.classes import check_strategy, find_class, named_strategy
 from switchkit.cli.errors import UserError, listed, short
 from switchkit.cli.recipes import load_yaml, read_config
 from switchkit.cli.signatures import Parameter, Place, Signature, members, place_of, signature_of
@@ -134,6 +134,8 @@ def _merge_place(old: Any, new: Any, place: Place, hint: Any, key: str, source: 
     if isinstance(new, str) and source.typed:
         new = _read(new, key, source)
     if new is None or (type(new) in members(hint) and not _names_class(new, place)):
+        if isinstance(new, str):
+            check_strategy(new, place, source.where(key))
         return new
     if isinstance(new, str) and (loaded := _subconfig(new, source)) is not None:
         return _merge_place(old, loaded.values, place, hint, key, loaded)

@@ -177,3 +177,17 @@ def test_the_batch_script_is_bash_and_goes_on_from_a_checkpoint(folder: Path) ->
     assert f"#SBATCH --nodes={settings['num_nodes']}" in lines
     assert f"#SBATCH --ntasks-per-node={settings['devices']}" in lines
     assert f"#SBATCH --gpus-per-node={settings['devices']}" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("expert_paralel_2", "unknown strategy 'expert_paralel_2'. Did you mean 'expert_parallel_2'? Accepted: auto,"),
+        ("expert_parallel_3", "to share experts out over 3 devices: --trainer.strategy expert_parallel --trainer."),
+    ],
+)
+def test_unknown_strategies_are_told_with_what_was_meant(folder: Path, run: Run, name: str, told: str) -> None:
+    code, _, err = run(*TRAINING, "--trainer.strategy", name)
+    assert code == 2
+    assert f"--trainer.strategy: {told}" in err
+    assert not (folder / "runs").exists()
