@@ -28,6 +28,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder"
         )
+    if (path.parent / shards.MANIFEST).is_file():
+        raise ValueError(f"{path} is a part of the checkpoint {path.parent}: give that folder")
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
     return content_of(path, path)

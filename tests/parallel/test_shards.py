@@ -271,3 +271,10 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt/manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
     with pytest.raises(ValueError, match="has format 99; this one reads up to 1: upgrade"):
         checkpoints.read(tmp_path / "x.ckpt")
+
+
+def test_a_part_of_a_folder_is_refused(saved: dict[str, Path]) -> None:
+    folder = next(path for path in saved.values() if path.is_dir())
+    for part in folder.iterdir():
+        with pytest.raises(ValueError, match=rf"{part.name} is a part of the checkpoint .*{folder.name}: give that"):
+            checkpoints.read(part)
