@@ -14,11 +14,12 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 SIZE = {"model.net.d_model": 64, "model.net.d_ff": 256, "model.net.context": 64,
         "data.context": 64, "data.batch_size": 32}  # fmt: skip
-STUDENTS = {
+STUDENTS: dict[str, dict[str, object]] = {
     "distilled only": {"model.init": "fresh", "model.alpha": 1},
     "distilled only, 0.75/0.25 mix": {"model.init": "fresh"},
     "+ non-expert init": {"model.alpha": 1},
@@ -36,7 +37,7 @@ def switchkit(*words: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def trained(folder: Path, recipe: str, steps: int, seed: int, options: dict[str, object]) -> Path:
+def trained(folder: Path, recipe: str, steps: int, seed: int, options: Mapping[str, object]) -> Path:
     """The last checkpoint of a run, which is trained unless it is there."""
     done = folder / "done"
     if not done.exists():
