@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import NET, data
+from small import NET, data, whole_file
 
 from switchkit import (
     ByteTokenizer,
@@ -54,8 +54,8 @@ def pairs(folder: Path, **more: Any) -> PairData:
     """Two dozen lines and their translations."""
     words = ["red", "blue", "cat", "dog", "sun"]
     lines = [f"{words[n % 5]} {words[n * 3 % 5]} {n}" for n in range(24)]
-    (folder / "en.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "xx.txt").write_text("\n".join(line[::-1] for line in lines) + "\n", encoding="utf-8")
+    whole_file(folder / "en.txt", "\n".join(lines) + "\n")
+    whole_file(folder / "xx.txt", "\n".join(line[::-1] for line in lines) + "\n")
     return PairData(str(folder / "en.txt"), str(folder / "xx.txt"), batch_size=4, validation_prefix=0, **more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,15 @@ DEFAULTS = {
 
 def text_file(folder: Path, characters: int = 900) -> Path:
     """A text of our own with 26 symbols."""
-    path = folder / "text.txt"
-    path.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(characters)), encoding="utf-8")
-    return path
+    text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(characters))
+    return whole_file(folder / "text.txt", text)
+
+
+def whole_file(path: Path, text: str) -> Path:
+    """The file, never half-written: several processes may write the same one at once, and read it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    return part.replace(path)
 
 
 def data(folder: Path, **more: Any) -> TextData:

@@ -139,7 +139,7 @@ BUILDS = {
     "a value of a part": (["--model.moe.router.jitter", "3"], ["jitter must be in [0, 1); got 3.0"]),
     "a value of the model": (["--model.warmup_steps", "-1"], ["warmup_steps must be at least 0; got -1"]),
     "no text": (["--data.path", "no.txt"], ["no.txt"]),
-    "no strategy": (["--trainer.strategy", "foo"], ["trainer: ", "'foo'"]),
+    "no strategy": (["--trainer.strategy", "foo"], ["--trainer.strategy: ", "'foo'", "expert_parallel"]),
     "a callback's value": (
         ["--trainer.callbacks+", "{class_path: EarlyStopping, init_args: {monitor: a, mode: foo}}"],
         ["mode", "foo"],
