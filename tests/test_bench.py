@@ -30,6 +30,7 @@ model:
       init_args: {d_model: 16, num_layers: 2, num_heads: 2, d_ff: 32, num_experts: 4, context: 16}
     moe: {class_path: MoELayer, init_args: {router: switch}}
     losses: [balance]
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
 data:
   class_path: TextData
   init_args: {path: text.txt, batch_size: 4, context: 16}

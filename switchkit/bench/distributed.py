@@ -22,6 +22,7 @@ from switchkit.bench.timing import Timing, ratios
 from switchkit.cli.errors import UserError
 from switchkit.layers import MoELayer
 from switchkit.parallel.experts import stacked
+from switchkit.spec import build
 
 __all__ = ["expert_sizes", "launch", "measure"]
 
@@ -55,8 +56,11 @@ def measure(name: str, device: torch.device, processes: int, rounds: int | None,
                 f"--distributed {processes}: the {rows} sequences of {name}'s batch cannot be shared out; give a "
                 "number of processes that divides them"
             )
+        # As a checkpoint rebuilds it: what jsonargparse made of an optimizer does not travel to another process.
+        module = build(recipe.module.spec)()
+        module.load_state_dict(recipe.module.state_dict())
         job = Job(
-            module=recipe.module,
+            module=module,
             batches=batches,
             processes=processes,
             expert_sizes=expert_sizes(recipe.module, processes),
