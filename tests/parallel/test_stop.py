@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from distributed import Ranks, run
 from equal import whole
 from small import MOE, NET, data, module, trainer
@@ -60,6 +61,8 @@ def stopped(rank: int, world: int, folder: Path, strategy: Any, told: list[Told]
         try:
             fit(rank, world, place, strategy, SignalAt(one.signals[rank]))
         except Stopped as end:
+            # The first process writes for all; it has, when its run is taken down.
+            dist.barrier()
             settings = checkpoints.read_settings(end.path)
             resumed = fit(rank, world, place, strategy, resume=True)
             found.append({"code": end.code, "step": end.step, "ranks": end.ranks, "saved": settings["step"],
