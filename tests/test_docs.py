@@ -13,6 +13,7 @@ from shapes import PACKAGE, unchecked
 
 from switchkit import registry
 from switchkit.registry import _all
+from switchkit.testing import check_router
 
 DOCS = PACKAGE.parent / "docs"
 
@@ -45,3 +46,14 @@ def test_the_router_of_the_tutorial_passes_its_own_checks(tmp_path: Path, monkey
         importlib.import_module("tutorial_test").test_top_p()
     for name in ("my_top_p", "tutorial_test"):
         sys.modules.pop(name)
+
+
+def test_the_router_of_the_readme_passes_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (PACKAGE.parent / "README.md").read_text("utf-8")
+    (router,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
+    (tmp_path / "readme_router.py").write_text(router, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    with unchecked():
+        check_router(importlib.import_module("readme_router").Threshold)
+    sys.modules.pop("readme_router")
