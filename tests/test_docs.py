@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,27 +34,31 @@ def test_every_part_says_what_it_does_and_where_it_comes_from(cls: type) -> None
     assert "\nSource: " in text
 
 
-def test_the_router_of_the_tutorial_passes_its_own_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Modules in it can be imported; what they register, and they, are forgotten after."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == tmp_path:
+            del sys.modules[name]
+
+
+def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
     """The two blocks of Python in the tutorial, as files: the router, in 30 lines, and its test."""
     router, test = re.findall(r"```python\n(.*?)```", (DOCS / "your_own_router.md").read_text("utf-8"), re.DOTALL)
     assert router.count("\n") <= 30
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_table", dict(registry._table))
     for name, text in (("my_top_p", router), ("tutorial_test", test)):
-        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
     with unchecked():
         importlib.import_module("tutorial_test").test_top_p()
-    for name in ("my_top_p", "tutorial_test"):
-        sys.modules.pop(name)
 
 
-def test_the_router_of_the_readme_passes_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_router_of_the_readme_passes_the_checks(folder: Path) -> None:
     text = (PACKAGE.parent / "README.md").read_text("utf-8")
     (router,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
-    (tmp_path / "readme_router.py").write_text(router, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    (folder / "readme_router.py").write_text(router, encoding="utf-8")
     with unchecked():
         check_router(importlib.import_module("readme_router").Threshold)
-    sys.modules.pop("readme_router")
