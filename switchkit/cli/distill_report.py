@@ -66,9 +66,10 @@ def _print(rows: list[TableRow], about: str, options: Namespace) -> None:
     if options.json:
         print(json.dumps({"text": about, "rows": [row.to_dict() for row in rows]}, indent=1))
     elif options.csv:
-        writer = csv.DictWriter(sys.stdout, list(rows[0].to_dict()), lineterminator="\n")
+        flat = [{**row.to_dict(), "losses": " ".join(map(str, row.losses))} for row in rows]
+        writer = csv.DictWriter(sys.stdout, list(flat[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row.to_dict() for row in rows)
+        writer.writerows(flat)
     else:
         from switchkit.report.distillation import distill_table
         from switchkit.report.tables import console

@@ -42,13 +42,14 @@ class TableRow:
         return stdev(self.losses) if len(self.losses) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, one level deep."""
+        """All of it as plain data."""
         kept = self.preserved
         return {
             "name": self.name,
             "seeds": len(self.losses),
             "loss": self.loss,
             "loss_spread": self.spread,
+            "losses": list(self.losses),
             "parameters": self.parameters,
             "compression": self.compression,
             "tokens_per_second": self.tokens_per_second,

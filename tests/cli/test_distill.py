@@ -249,6 +249,12 @@ def test_the_report(taught, distilled, dense, run):
     listed = list(csv.DictReader(io.StringIO(out)))
     assert [row["name"] for row in listed] == ["dense", "teacher", "mix"]
     assert float(listed[2]["loss"]) == rows["mix"]["loss"]
+    # A second seed of the student, here the dense model: each seed's loss in the order given, and their mean.
+    by_seed = [rows["mix"]["loss"], rows["dense"]["loss"]]
+    code, out, _ = run(*given, "--student", f"mix={dense}", "--json")
+    mix = json.loads(out)["rows"][2]
+    assert mix["losses"] == by_seed
+    assert mix["loss"] == pytest.approx(sum(by_seed) / 2)
 
 
 def test_what_does_not_compare(taught, dense, run):
