@@ -37,7 +37,7 @@ def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
         folder = path.parent if path.parent.is_dir() else None
         known = [str(other) for other in folder.glob("*.ckpt")] if folder else []
         raise UserError(
-            f"{flag}{given}: there is no such file{near(given, known)} {flag}last takes the newest below {root}"
+            f"{flag}{given}: there is no such file{near(given, known)} Give {flag}last for the newest below {root}"
         )
     return path
 
