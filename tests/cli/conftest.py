@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401
@@ -13,7 +12,6 @@ import pytest
 
 from switchkit import registry
 from switchkit.cli import main
-from switchkit.report import run as report_run
 
 RECIPE = """\
 # A small model of a small text.
@@ -97,12 +95,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[P
     for name, cls in list(registry._table.items()):
         if name not in table and not cls.__module__.startswith("switchkit."):
             del registry._table[name]
-
-
-@pytest.fixture(autouse=True)
-def _short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the text that a run shows at its end: written symbol by symbol, it was a third of a small run."""
-    monkeypatch.setattr(report_run, "sample", partial(report_run.sample, length=24))
 
 
 class _Stderr:
