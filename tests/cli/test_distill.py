@@ -249,6 +249,7 @@ def test_the_report(taught, distilled, dense, run):
     listed = list(csv.DictReader(io.StringIO(out)))
     assert [row["name"] for row in listed] == ["dense", "teacher", "mix"]
     assert float(listed[2]["loss"]) == rows["mix"]["loss"]
+    assert float(listed[2]["losses"]) == rows["mix"]["loss"]
     # A second seed of the student, here the dense model: each seed's loss in the order given, and their mean.
     by_seed = [rows["mix"]["loss"], rows["dense"]["loss"]]
     code, out, _ = run(*given, "--student", f"mix={dense}", "--json")
