@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ import shapes
 shapes.install()  # before anything imports the package
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its interpreter then runs kernels on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

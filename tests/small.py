@@ -23,6 +23,7 @@ MOE = partial(MoELayer, router=partial(Switch, jitter=0.1), capacity=partial(Fac
 TOP2 = partial(MoELayer, router=partial(TopK, k=2))
 
 DEFAULTS = {
+    "accelerator": "cpu",
     "enable_progress_bar": False,
     "val_check_interval": 7,
     "check_val_every_n_epoch": None,
@@ -62,7 +63,6 @@ def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 4
         logger=CSVLogger(folder, name="", flush_logs_every_n_steps=1),
         plugins=[AtomicCheckpointIO(), *more.pop("plugins", [])],
         callbacks=[RandomState(), SaveLast(every), CleanStop(), SaveBest(), *callbacks],
-        accelerator="cpu",
         enable_model_summary=False,
         **{**DEFAULTS, "max_steps": steps, **more},
     )

@@ -339,3 +339,29 @@ def test_bad_options_are_refused(make, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert says in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_one_call_on_a_device(monkeypatch: pytest.MonkeyPatch, unchecked: None, compiled: bool) -> None:
+    """What a GPU does in bfloat16, on the CPU: the loads stay a tensor, an expert is idle, two rows are spare."""
+    monkeypatch.setattr(grouped, "_one_call", lambda x, weight: x.dtype == torch.bfloat16)
+    load = (3, 0, 4, 1)
+    x = torch.randn(10, 8).bfloat16().requires_grad_()
+    weight = torch.randn(4, 8, 16).bfloat16().requires_grad_()
+
+    def call(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+        # A step before, so that a gradient that stops here is seen.
+        return grouped.grouped_linear(2 * x, Rows(x=x, load=load), weight)
+
+    run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    found = run(x, weight, torch.tensor(load))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wanted = grouped.grouped_linear(2 * exact[0], rows_of(exact[0], load), exact[1])
+    probe = torch.randn(10, 16).bfloat16()
+    grads = torch.autograd.grad((found * probe).sum(), (x, weight))
+    right = torch.autograd.grad((wanted * probe).sum(), exact)
+    for one, other in zip((found, *grads), (wanted, *right), strict=True):
+        assert (one.double() - other).norm() / other.norm() < 1e-2
+    assert (found[8:] == 0).all()
+    assert (grads[1][1] == 0).all()

@@ -11,7 +11,7 @@ import pytest
 from shapes import PACKAGE
 
 ROWS = [
-    ["records", "registry"],
+    ["records", "registry", "kernels"],
     ["routing", "capacity", "experts", "losses", "dispatch", "stats"],
     ["parallel"],
     ["layers", "attention", "blocks"],
@@ -58,6 +58,7 @@ THIRD = {
     "datasets": lambda place: place == "data",
     "matplotlib": lambda place: place == "report",
     "rich": lambda place: ROW[place] >= LIGHTNING,
+    "triton": lambda place: place == "kernels",
     "torch": lambda place: place != "registry",
 }
 

@@ -20,6 +20,7 @@ from switchkit.dispatch.base import (
     sum_choices,
     unmix_slots,
 )
+from switchkit.kernels.usable import usable
 from switchkit.records import Routing, Rows
 from switchkit.registry import register
 
@@ -70,7 +71,8 @@ class Sorted(Dispatcher):
         assert rows.row is not None
         assert rows.source is not None
         _, kept, _ = placed(routing)
-        weight = routing.weight if routing.weight.dtype == out.dtype else routing.weight.to(out.dtype)
+        # Kernels take weights as the router made them; rounding to the dtype of the rows is for plain products.
+        weight = routing.weight if usable(out) else routing.weight.to(out.dtype)
         if not _nothing_dropped(rows.sizes, rows.row):
             weight = weight.masked_fill(~kept, 0)
         if routing.k is None:
@@ -89,9 +91,14 @@ def _nothing_dropped(sizes: tuple[int, ...] | None, row: Int[Tensor, "G N"]) -> 
 
 def _weighted_sum(rows: Float[Tensor, "R D"], weight: Tensor | None, row: Int[Tensor, "T K"]) -> Float[Tensor, "T D"]:
     """``sum_j weight[t, j] * rows[row[t, j]]``."""
-    if row.shape[1] == 1:
-        y = rows.index_select(0, row.flatten())
-        return y if weight is None else y.mul_(weight)
+    if weight is None and row.shape[1] == 1:
+        return rows.index_select(0, row.flatten())
+    if usable(rows):
+        from switchkit.kernels.rows import weighted_sum
+
+        return weighted_sum(rows, weight, row)
+    if weight is not None and row.shape[1] == 1:
+        return rows.index_select(0, row.flatten()).mul_(weight)
     if rows.device.type == "cpu" and row.numel():
         # A gather, product and sum in one pass: 10 times an indexed addition.
         return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
@@ -148,6 +155,11 @@ class _Return(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         out, weight, row, source = ctx.saved_tensors
+        if usable(out):
+            from switchkit.kernels.rows import weighted_sum_backward
+
+            grad_rows, product = weighted_sum_backward(grad.flatten(0, 1), out, weight.view(-1, ctx.k), source)
+            return grad_rows, product.take(row), None, None, None, None
         by_row = grad.flatten(0, 1).index_select(0, _token(source, ctx.k))
         # In the rows' order first, then back in the tokens': one gather of the wide gradient serves both.
         product = torch.linalg.vecdot(by_row, out)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from switchkit.experts.base import ACTIVATIONS, Activation, Experts, check, init_linear
+from switchkit.experts.gated import gated
 from switchkit.experts.grouped import grouped_linear, grouped_relu_mlp
 from switchkit.records import Rows
 from switchkit.registry import register
@@ -117,6 +118,6 @@ class GatedMlp(_FeedForward):
         super().__init__(d_model, d_ff, num_experts, 2 * d_ff, activation, bias, dropout, init_scale)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
-        gate, value = grouped_linear(rows.x, rows, self.w1, self.b1).chunk(2, dim=-1)
-        hidden = F.dropout(ACTIVATIONS[self.activation](gate) * value, self.dropout, self.training)
+        hidden = gated(grouped_linear(rows.x, rows, self.w1, self.b1), self.activation)
+        hidden = F.dropout(hidden, self.dropout, self.training)
         return grouped_linear(hidden, rows, self.w2, self.b2)

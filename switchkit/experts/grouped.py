@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchkit.kernels.usable import usable
 from switchkit.records import Rows
 
 __all__ = ["grouped_linear", "grouped_relu_mlp"]
@@ -33,7 +34,7 @@ def grouped_linear(
         return y if bias is None else y + bias.unsqueeze(1).to(y.dtype)
     if rows.sizes is not None:
         y = _Loop.apply(x, weight, rows.sizes)  # type: ignore[no-untyped-call]
-    elif x.device.type == "cuda" and x.dtype == torch.bfloat16:
+    elif _one_call(x, weight):
         y = _OnDevice.apply(x, weight, rows.load)  # type: ignore[no-untyped-call]
     else:
         y = loop(x, weight, rows.load)
@@ -106,13 +107,18 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, sizes: tuple[int, 
 
 def _few(x: Tensor, weight: Tensor, used: int) -> bool:
     """True where one call for all experts is faster than a loop and allowed (strides of 16 bytes, some rows)."""
-    per_16_bytes = 16 // x.element_size()
-    return (
-        x.dtype == torch.float32
-        and weight.shape[0] <= used < FEW_ROWS * weight.shape[0]
-        and weight.shape[1] % per_16_bytes == 0
-        and weight.shape[2] % per_16_bytes == 0
-    )
+    return x.dtype == torch.float32 and weight.shape[0] <= used < FEW_ROWS * weight.shape[0] and _in_16_bytes(x, weight)
+
+
+def _one_call(x: Tensor, weight: Tensor) -> bool:
+    """True where a GPU has one call for all experts that reads the loads itself: bfloat16 rows of whole 16 bytes."""
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and _in_16_bytes(x, weight)
+
+
+def _in_16_bytes(x: Tensor, weight: Tensor) -> bool:
+    """Whether every row of the inputs and outputs starts at a multiple of 16 bytes, as `grouped_mm` wants it."""
+    step = 16 // x.element_size()
+    return weight.shape[1] % step == 0 and weight.shape[2] % step == 0
 
 
 def _ends(sizes: tuple[int, ...]) -> Int[Tensor, "E"]:
@@ -181,14 +187,27 @@ class _OnDevice(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = _clear(F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), ends)
         grad_weight = F.grouped_mm(x.t(), grad, offs=ends)
-        # An expert without rows gets memory as it was: clear it.
-        return grad_x, grad_weight.masked_fill_((load == 0).view(-1, 1, 1), 0), None
+        return grad_x, _clear_idle(grad_weight, load), None
 
 
 def _clear(rows: Tensor, ends: Tensor) -> Tensor:
     """Zeros in the rows past the last end, which `grouped_mm` leaves as the memory was."""
+    if usable(rows):
+        from switchkit.kernels.rows import clear_tail
+
+        return clear_tail(rows, ends)
     spare = torch.arange(rows.shape[0], device=rows.device) >= ends[-1]
-    return rows.masked_fill_(spare.unsqueeze(-1), 0)
+    # Not in place: of a function that writes to what it returns, torch.compile of torch 2.11 makes the gradient zero.
+    return rows.masked_fill(spare.unsqueeze(-1), 0)
+
+
+def _clear_idle(grad_weight: Tensor, load: Tensor) -> Tensor:
+    """Zeros for experts without rows, which get memory as it was."""
+    if usable(grad_weight):
+        from switchkit.kernels.rows import clear_idle
+
+        return clear_idle(grad_weight, load)
+    return grad_weight.masked_fill((load == 0).view(-1, 1, 1), 0)
 
 
 @torch.library.custom_op("switchkit::grouped_linear", mutates_args=())

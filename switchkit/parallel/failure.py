@@ -79,8 +79,7 @@ def _launch(launcher: Any, tells: Callable[[BaseException], bool], function: Cal
         global _watch
         os.environ.pop(STARTED_BY, None)
         if _watch is None:
-            # Python looks through all objects of torch and Lightning when it ends, for 1.2 s of processor time.
-            atexit.register(gc.freeze)
+            atexit.register(_freeze)
             children = list(launcher.procs)
             # Lightning's observer kills this process as soon as another ended with a code, that of a clean stop too.
             # It holds the list, and finds it empty.
@@ -109,6 +108,13 @@ def _launch(launcher: Any, tells: Callable[[BaseException], bool], function: Cal
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _freeze() -> None:
+    """Python looks through all objects of torch and Lightning when it ends, for 1.2 s of processor time."""
+    # Triton's bindings write lines about each object that is left.
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _stop(number: int, frame: Any) -> None:
