@@ -10,6 +10,7 @@ import torch
 from properties import Case
 from torch import Tensor
 
+from switchkit.capacity import base
 from switchkit.dispatch import sorted as sorted_rows
 from switchkit.experts import gated as gated_experts
 from switchkit.experts.base import ACTIVATIONS
@@ -17,6 +18,7 @@ from switchkit.kernels import usable as place
 
 pytest.importorskip("triton")
 from switchkit.kernels.gated import gated, gated_backward
+from switchkit.kernels.order import arrange, queue
 from switchkit.kernels.rows import clear_idle, clear_tail, weighted_sum, weighted_sum_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # to infinity, whose inverse is 0
@@ -97,15 +99,36 @@ def test_large_numbers_overflow_nowhere() -> None:
         assert torch.equal(found, torch.tensor([[0.0, 1.0, 0.0, 1e3]]))
 
 
+# One group, many groups, more assignments than one program takes at a time, more experts than that, nothing.
+@pytest.mark.parametrize(
+    ("groups", "n", "experts"), [(1, 1, 1), (3, 7, 4), (2, 2500, 5), (600, 3, 3), (2, 30, 1500), (2, 0, 3), (0, 4, 3)]
+)
+def test_assignments_queue_and_are_arranged(groups: int, n: int, experts: int) -> None:
+    expert, chosen = torch.randint(0, experts, (groups, n)), torch.rand(groups, n) < 0.8
+    slot, load = queue(expert, chosen, experts)
+    hot = (expert.unsqueeze(-1) == torch.arange(experts)) & chosen.unsqueeze(-1)
+    assert torch.equal(slot, (hot.cumsum(1) - hot.long()).gather(-1, expert.unsqueeze(-1)).squeeze(-1))
+    assert torch.equal(load, hot.sum(1))
+    kept, taken = chosen & (slot < 2), load.clamp(max=2)
+    row, source, rows = arrange(expert, slot, kept, taken)
+    used = int(taken.sum())
+    assert torch.equal(rows, taken.sum(0))
+    assert torch.equal(source[row.flatten()], torch.arange(groups * n))
+    assert kept.flatten()[source[:used]].all()
+    # By expert, in it by group, in it by slot.
+    place = (expert * groups + torch.arange(groups).unsqueeze(-1)) * 2 + slot
+    assert (place.flatten()[source[:used]].diff() > 0).all()
+
+
 @pytest.mark.parametrize("capacity", ["factor", "dropless"])
-@pytest.mark.parametrize(("router", "k"), [("switch", None), ("top_k", 2)])
+@pytest.mark.parametrize(("router", "k"), [("switch", None), ("top_k", 2), ("relu", 2)])
 def test_the_layer_equals_the_loop(monkeypatch: pytest.MonkeyPatch, router: str, k: int | None, capacity: str) -> None:
     """Outputs and every gradient, with drops and padding, where the layer takes the kernels."""
     taken = []
-    for module in (sorted_rows, gated_experts):
+    for module in (base, sorted_rows, gated_experts):
         monkeypatch.setattr(module, "usable", lambda x: taken.append(x) is None)
     properties.equals_the_loop(Case(router=router, k=k, capacity=capacity, experts="gated_mlp", device=DEVICE))
-    assert len(taken) > 3
+    assert len(taken) > 4
 
 
 def test_a_machine_without_a_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

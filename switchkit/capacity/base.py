@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchkit.kernels.usable import usable
 from switchkit.records import Routing
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
 Order = Literal["arrival", "first_choices", "probability", "random"]
 FEW = 2**14
 """Assignments times experts up to which counting beats sorting, on a CPU, by its fewer operations."""
+MANY = 2**16
+"""Assignments of a group up to which a kernel counts on a GPU; more are sorted: each of its programs walks all."""
 ORDERS = ("arrival", "first_choices", "probability", "random")
 
 
@@ -99,7 +102,12 @@ def place_by_arrival(routing: Routing, limit: int | None) -> Routing:
         load = torch.zeros(groups, experts, dtype=torch.long, device=routing.expert.device)
         load = load.scatter(1, routing.expert, routing.chosen.long())
         return replace(routing, slot=torch.zeros_like(routing.expert), kept=routing.chosen, load=load, capacity=limit)
-    slot, load = (_counted if 0 < groups * n * experts <= FEW else _queued)(routing)
+    if usable(routing.expert) and n <= MANY:
+        from switchkit.kernels.order import queue
+
+        slot, load = queue(routing.expert, routing.chosen, experts)
+    else:
+        slot, load = (_counted if 0 < groups * n * experts <= FEW else _queued)(routing)
     kept = routing.chosen if limit is None else routing.chosen & (slot < limit)
     return replace(routing, slot=slot, kept=kept, load=load, capacity=limit)
 

@@ -42,22 +42,16 @@ class Sorted(Dispatcher):
             return mix_slots(tokens, routing)
         slot, kept, _ = placed(routing)
         load = kept_load(routing)
-        per_expert = load.sum(0)
         known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        sizes = tuple(per_expert.tolist()) if known else None
-        if routing.expert.numel() == 1:
-            # Decoding one token: one row.
-            row = torch.zeros_like(routing.expert)
-            source = row.flatten()
+        sizes = None
+        if usable(tokens):
+            from switchkit.kernels.order import arrange
+
+            row, source, per_expert = arrange(routing.expert, slot, kept, load)
         else:
-            row = starts(load).gather(1, routing.expert) + slot
-            if not _nothing_dropped(sizes, row):
-                spare = (~kept).flatten()
-                row = torch.where(kept, row, (load.sum() + spare.cumsum(0) - 1).view_as(row))
-            flat = row.flatten()
-            # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray
-            # memory.
-            source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+            per_expert = load.sum(0)
+            sizes = tuple(per_expert.tolist()) if known else None
+            row, source = _arranged(routing, slot, kept, load, sizes)
         if routing.k is None:
             rows = tokens.flatten(0, 1).index_select(0, flat_tokens(routing).flatten().index_select(0, source))
         else:
@@ -82,6 +76,24 @@ class Sorted(Dispatcher):
         give = _Return.apply if torch.is_grad_enabled() else _return
         y: Tensor = give(out, weight, rows.row, rows.source, routing.k, size)
         return y
+
+
+def _arranged(
+    routing: Routing, slot: Int[Tensor, "G N"], kept: Tensor, load: Int[Tensor, "G E"], sizes: tuple[int, ...] | None
+) -> tuple[Int[Tensor, "G N"], Int[Tensor, "R"]]:
+    """Where each assignment goes, and which one each row comes from."""
+    if routing.expert.numel() == 1:
+        # Decoding one token: one row.
+        row = torch.zeros_like(routing.expert)
+        return row, row.flatten()
+    row = starts(load).gather(1, routing.expert) + slot
+    if not _nothing_dropped(sizes, row):
+        spare = (~kept).flatten()
+        row = torch.where(kept, row, (load.sum() + spare.cumsum(0) - 1).view_as(row))
+    flat = row.flatten()
+    # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray memory.
+    source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+    return row, source
 
 
 def _nothing_dropped(sizes: tuple[int, ...] | None, row: Int[Tensor, "G N"]) -> bool:

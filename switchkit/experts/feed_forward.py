@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchkit.experts.base import ACTIVATIONS, Activation, Experts, check, init_linear
 from switchkit.experts.gated import gated
-from switchkit.experts.grouped import grouped_linear, grouped_relu_mlp
+from switchkit.experts.grouped import ends_of, grouped_linear, grouped_relu_mlp
 from switchkit.records import Rows
 from switchkit.registry import register
 
@@ -86,9 +86,10 @@ class Mlp(_FeedForward):
         plain = self.activation == "relu" and self.b1 is None and not (self.dropout and self.training)
         if plain and rows.sizes is not None and not torch.is_autocast_enabled(rows.x.device.type):
             return grouped_relu_mlp(rows.x, self.w1, self.w2, rows.sizes)
-        hidden = ACTIVATIONS[self.activation](grouped_linear(rows.x, rows, self.w1, self.b1))
+        ends = ends_of(rows)
+        hidden = ACTIVATIONS[self.activation](grouped_linear(rows.x, rows, self.w1, self.b1, ends))
         hidden = F.dropout(hidden, self.dropout, self.training)
-        return grouped_linear(hidden, rows, self.w2, self.b2)
+        return grouped_linear(hidden, rows, self.w2, self.b2, ends)
 
 
 @register("gated_mlp")
@@ -118,6 +119,7 @@ class GatedMlp(_FeedForward):
         super().__init__(d_model, d_ff, num_experts, 2 * d_ff, activation, bias, dropout, init_scale)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
-        hidden = gated(grouped_linear(rows.x, rows, self.w1, self.b1), self.activation)
+        ends = ends_of(rows)
+        hidden = gated(grouped_linear(rows.x, rows, self.w1, self.b1, ends), self.activation)
         hidden = F.dropout(hidden, self.dropout, self.training)
-        return grouped_linear(hidden, rows, self.w2, self.b2)
+        return grouped_linear(hidden, rows, self.w2, self.b2, ends)

@@ -13,18 +13,23 @@ from torch.autograd.function import once_differentiable
 from switchkit.kernels.usable import usable
 from switchkit.records import Rows
 
-__all__ = ["grouped_linear", "grouped_relu_mlp"]
+__all__ = ["ends_of", "grouped_linear", "grouped_relu_mlp"]
 
 FEW_ROWS = 96
 """Rows per expert below which, on a CPU, one grouped call beats a loop of products (measured by `switchkit bench`)."""
 
 
 def grouped_linear(
-    x: Float[Tensor, "*layout I"], rows: Rows, weight: Float[Tensor, "E I O"], bias: Float[Tensor, "E O"] | None = None
+    x: Float[Tensor, "*layout I"],
+    rows: Rows,
+    weight: Float[Tensor, "E I O"],
+    bias: Float[Tensor, "E O"] | None = None,
+    ends: Int[Tensor, "E"] | None = None,
 ) -> Float[Tensor, "*layout O"]:
     """``x[row] @ weight[e] + bias[e]`` for each row of expert e; zeros for rows of no expert. Differentiable once.
 
-    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does.
+    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does. `ends`: `ends_of(rows)`, where
+    several products share it.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -35,7 +40,7 @@ def grouped_linear(
     if rows.sizes is not None:
         y = _Loop.apply(x, weight, rows.sizes)  # type: ignore[no-untyped-call]
     elif _one_call(x, weight):
-        y = _OnDevice.apply(x, weight, rows.load)  # type: ignore[no-untyped-call]
+        y = _OnDevice.apply(x, weight, rows.load, ends_of(rows) if ends is None else ends)  # type: ignore[no-untyped-call]
     else:
         y = loop(x, weight, rows.load)
     if bias is None:
@@ -44,6 +49,13 @@ def grouped_linear(
     spare = (x.shape[0] - rows.load.sum()).unsqueeze(0)
     of_row = F.pad(bias, (0, 0, 0, 1)).to(y.dtype)
     return y + of_row.repeat_interleave(torch.cat([rows.load, spare]), 0, output_size=x.shape[0])
+
+
+def ends_of(rows: Rows) -> Int[Tensor, "E"] | None:
+    """Where each expert's rows end, for products whose loads stay on the device; None where the integers are known."""
+    if rows.sizes is not None or rows.x.dim() == 3:
+        return None
+    return rows.load.cumsum(0).to(torch.int32)
 
 
 def grouped_relu_mlp(
@@ -175,19 +187,18 @@ class _OnDevice(torch.autograd.Function):
     """The products with loads that stay on the device: no wait for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
-        ends = load.cumsum(0).to(torch.int32)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, load: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, load, ends)
         return _clear(F.grouped_mm(x, weight, offs=ends), ends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, load, ends = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = _clear(F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), ends)
         grad_weight = F.grouped_mm(x.t(), grad, offs=ends)
-        return grad_x, _clear_idle(grad_weight, load), None
+        return grad_x, _clear_idle(grad_weight, load), None, None
 
 
 def _clear(rows: Tensor, ends: Tensor) -> Tensor:
