@@ -283,13 +283,16 @@ def count_targets(targets: Int[Tensor, "B S"], valid: Tensor | None) -> Int[Tens
     return (real if valid is None else real & valid).sum()
 
 
-def step_stats(routings: tuple[Routing, ...], loss: Tensor | None = None, *, scores: bool = False) -> dict[str, Tensor]:
+def step_stats(
+    routings: tuple[Routing, ...], beside: Tensor | None = None, *, scores: bool = False
+) -> dict[str, Tensor]:
     """What callbacks get of a step, detached: `load` [L, E]; `dropped`, `tokens` and `bad_tokens`, all [L].
 
-    With `scores`, also the sums over the real tokens `entropy` and `confidence` [L].
+    With `scores`, also the sums over the real tokens `entropy` and `confidence` [L]. Of a model without sparse layers
+    all are empty, on the device of `beside`.
     """
     if not routings:
-        empty = torch.zeros(0, dtype=torch.long, device=None if loss is None else loss.device)
+        empty = torch.zeros(0, dtype=torch.long, device=None if beside is None else beside.device)
         names = ("dropped", "tokens", "bad_tokens", *(("entropy", "confidence") if scores else ()))
         return {"load": empty.view(0, 0), **dict.fromkeys(names, empty)}
     with torch.no_grad():

@@ -184,7 +184,7 @@ class LanguageModule(L.LightningModule):
         targets = count_targets(batch["targets"], batch.get("valid"))
         broken = ~torch.isfinite(learned.detach())
         micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"], broken))
-        terms = [self._term(term, out.routings) for term in self.losses]
+        terms = [self._term(term, out.routings).to(learned.device) for term in self.losses]
         routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
         loss = learned + routing
         self.train_routing.update(found)
@@ -227,7 +227,7 @@ class LanguageModule(L.LightningModule):
         out = self._run(batch)
         self.val_loss.update(*cross_entropy(out.logits, batch["targets"], batch.get("valid")))
         self.val_accuracy.update(out.logits, batch["targets"], batch.get("valid"))
-        self.val_routing.update(step_stats(out.routings, scores=True))
+        self.val_routing.update(step_stats(out.routings, out.logits, scores=True))
 
     test_step = validation_step
 

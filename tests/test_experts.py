@@ -104,6 +104,9 @@ def test_many_rows_take_the_loop() -> None:
     assert not grouped._few(x, weight, 2 * grouped.FEW_ROWS)
     assert not grouped._few(x, weight, 0)
     assert not grouped._few(x.double(), weight.double(), 3)
+    assert not grouped._few(x.to("meta"), weight.to("meta"), 3), (
+        "another device wants its ends there, and has no such call"
+    )
     assert not grouped._few(x, torch.randn(2, 8, 13), 3), "strides of 16 bytes only"
 
 

@@ -300,3 +300,16 @@ def test_a_dense_model_trains_without_routing(tmp_path: Path) -> None:
     loop.fit(model, source)
     assert model.sparse_layers == []
     assert "val/imbalance" not in loop.callback_metrics
+
+
+def test_a_dense_model_stays_on_its_device() -> None:
+    """Without a record that would say where it is; `meta` stands for any device but the CPU."""
+    net = partial(Decoder, d_model=16, num_layers=1, num_heads=2, d_ff=24, context=8, sparse=[])
+    model = LanguageModule(net, losses=[Balance], vocab_size=20).to("meta")
+    tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    batch = {"tokens": tokens, "targets": tokens}
+    out = model.training_step(batch, 0)
+    (seen,) = model._micro_batches
+    assert {value.device.type for value in [*out["stats"].values(), *(seen.values or {}).values()]} == {"meta"}
+    model.validation_step(batch, 0)
+    assert model.val_routing.load.device.type == "meta"

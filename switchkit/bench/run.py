@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -49,7 +50,10 @@ def run(options: argparse.Namespace, command: str) -> int:
     to_output = options.json == "-"
     out = Console(quiet=True) if to_output else console()
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with _threads(options.threads), on_device:
+    with _threads(options.threads), on_device, warnings.catch_warnings():
+        # Of torch, where a first product runs in the backward pass, and about what compiled contestants could round.
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         kept = device.type == "cpu" and keep_memory()
         found: dict[str, Any] = {"command": command, "machine": machine.describe(device, kept)}
         _show(out, tables.machine(found["machine"]))

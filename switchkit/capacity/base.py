@@ -147,6 +147,8 @@ def renormalize(routing: Routing) -> Routing:
 
 def _per_token(values: Float[Tensor, "G N"], routing: Routing) -> Float[Tensor, "G S"]:
     """Sum over each token's assignments."""
+    if routing.k is not None:
+        return values.view(*routing.valid.shape, routing.k).sum(-1)
     return torch.zeros_like(routing.logits[..., 0]).scatter_add(-1, routing.token, values)
 
 

@@ -119,7 +119,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, sizes: tuple[int, 
 
 def _few(x: Tensor, weight: Tensor, used: int) -> bool:
     """True where one call for all experts is faster than a loop and allowed (strides of 16 bytes, some rows)."""
-    return x.dtype == torch.float32 and weight.shape[0] <= used < FEW_ROWS * weight.shape[0] and _in_16_bytes(x, weight)
+    few = weight.shape[0] <= used < FEW_ROWS * weight.shape[0]
+    return x.device.type == "cpu" and x.dtype == torch.float32 and few and _in_16_bytes(x, weight)
 
 
 def _one_call(x: Tensor, weight: Tensor) -> bool:
