@@ -131,6 +131,15 @@ def test_the_layer_equals_the_loop(monkeypatch: pytest.MonkeyPatch, router: str,
     assert len(taken) > 4
 
 
+def test_an_irregular_list_keeps_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are in float32, and no kernel brings its rows back."""
+    for module in (base, sorted_rows, gated_experts):
+        monkeypatch.setattr(module, "usable", lambda x: True)
+    case = Case(router="expert_choice", dtype=torch.bfloat16, device=DEVICE)
+    y, routing = case.layer()(*case.inputs())
+    assert (y.dtype, routing.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_machine_without_a_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first launch fails, plain operations take over."""
 

@@ -82,12 +82,12 @@ def sum_choices(values: Float[Tensor, "GN D"], routing: Routing) -> Float[Tensor
     if routing.k is not None:
         total = values if routing.k == 1 else values.view(groups * size, routing.k, values.shape[-1]).sum(1)
     else:
-        total = values.new_zeros(groups * size, values.shape[-1])
-        token = flat_tokens(routing).flatten()
-        # On a GPU `index_add` adds in whatever order; this one sorts, so that two calls are equal bit for bit.
-        total = (
-            total.index_put((token,), values, accumulate=True) if values.is_cuda else total.index_add(0, token, values)
-        )
+        zeros, token = values.new_zeros(groups * size, values.shape[-1]), flat_tokens(routing).flatten()
+        if values.is_cuda:
+            # `index_add` adds in whatever order there; this one sorts, so that two calls are equal bit for bit.
+            total = zeros.index_put((token,), values, accumulate=True)
+        else:
+            total = zeros.index_add(0, token, values)
     return total.view(groups, size, values.shape[-1])
 
 

@@ -42,7 +42,6 @@ class Sorted(Dispatcher):
             return mix_slots(tokens, routing)
         slot, kept, _ = placed(routing)
         load = kept_load(routing)
-        known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         sizes = None
         if usable(tokens):
             from switchkit.kernels.order import arrange
@@ -50,6 +49,7 @@ class Sorted(Dispatcher):
             row, source, per_expert = arrange(routing.expert, slot, kept, load)
         else:
             per_expert = load.sum(0)
+            known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
             sizes = tuple(per_expert.tolist()) if known else None
             row, source = _arranged(routing, slot, kept, load, sizes)
         if routing.k is None:
@@ -65,8 +65,9 @@ class Sorted(Dispatcher):
         assert rows.row is not None
         assert rows.source is not None
         _, kept, _ = placed(routing)
-        # Kernels take weights as the router made them; rounding to the dtype of the rows is for plain products.
-        weight = routing.weight if usable(out) else routing.weight.to(out.dtype)
+        # The kernel takes weights as the router made them; plain products, those in the dtype of the rows.
+        by_kernel = routing.k is not None and usable(out)
+        weight = routing.weight if by_kernel else routing.weight.to(out.dtype)
         if not _nothing_dropped(rows.sizes, rows.row):
             weight = weight.masked_fill(~kept, 0)
         if routing.k is None:
@@ -103,14 +104,14 @@ def _nothing_dropped(sizes: tuple[int, ...] | None, row: Int[Tensor, "G N"]) -> 
 
 def _weighted_sum(rows: Float[Tensor, "R D"], weight: Tensor | None, row: Int[Tensor, "T K"]) -> Float[Tensor, "T D"]:
     """``sum_j weight[t, j] * rows[row[t, j]]``."""
-    if weight is None and row.shape[1] == 1:
-        return rows.index_select(0, row.flatten())
-    if usable(rows):
+    by_kernel = usable(rows)
+    if row.shape[1] == 1 and not (by_kernel and weight is not None):
+        y = rows.index_select(0, row.flatten())
+        return y if weight is None else y.mul_(weight)
+    if by_kernel:
         from switchkit.kernels.rows import weighted_sum
 
         return weighted_sum(rows, weight, row)
-    if weight is not None and row.shape[1] == 1:
-        return rows.index_select(0, row.flatten()).mul_(weight)
     if rows.device.type == "cpu" and row.numel():
         # A gather, product and sum in one pass: 10 times an indexed addition.
         return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")

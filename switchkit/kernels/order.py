@@ -50,9 +50,8 @@ def arrange(
     source = torch.zeros(groups * n, dtype=expert.dtype, device=device)
     start = torch.empty(groups * experts + 1, dtype=expert.dtype, device=device)
     rows = torch.empty(experts, dtype=expert.dtype, device=device)
-    ends = torch.empty(experts, dtype=expert.dtype, device=device)
     if groups and experts:
-        _starts[(1,)](load.contiguous(), start, rows, ends, groups, experts, BLOCK=BLOCK)
+        _starts[(1,)](load.contiguous(), start, rows, groups, experts, BLOCK=BLOCK)
     else:
         rows.zero_()
     if groups * n:
@@ -92,7 +91,7 @@ def _queue(expert, chosen, slot, load, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _starts(load, start, rows, ends, groups, experts, BLOCK: tl.constexpr):
+def _starts(load, start, rows, groups, experts, BLOCK: tl.constexpr):
     """One program: the first row of each expert and group [E, G], then the number of rows that are kept."""
     size = groups * experts
     count = tl.zeros([], dtype=tl.int64)
@@ -105,7 +104,6 @@ def _starts(load, start, rows, ends, groups, experts, BLOCK: tl.constexpr):
         here = tl.load(load + group * experts + expert, mask=inside, other=0)
         after = count + tl.cumsum(here, axis=0)
         tl.store(start + place, after - here, mask=inside)
-        tl.store(ends + expert, after, mask=inside & (group == groups - 1))
         count += tl.sum(here, axis=0)
         begin += BLOCK
     tl.store(start + size, count)
@@ -114,9 +112,9 @@ def _starts(load, start, rows, ends, groups, experts, BLOCK: tl.constexpr):
     while begin < experts:
         expert = begin + tl.arange(0, BLOCK)
         inside = expert < experts
-        end = tl.load(ends + expert, mask=inside, other=0)
-        before = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
-        tl.store(rows + expert, end - before, mask=inside)
+        first = tl.load(start + expert * groups, mask=inside, other=0)
+        after = tl.load(start + (expert + 1) * groups, mask=inside, other=0)
+        tl.store(rows + expert, after - first, mask=inside)
         begin += BLOCK
 
 

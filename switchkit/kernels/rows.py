@@ -47,7 +47,7 @@ def weighted_sum_backward(
     `source` is the flat index of the weight of each row.
     """
     count, width = rows.shape
-    grad_rows = torch.empty_like(rows)
+    grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
     product = torch.empty(count, dtype=weight.dtype, device=rows.device)
     if count:
         _weighted_sum_backward[(count,)](

@@ -13,9 +13,9 @@ __all__ = ["usable"]
 
 
 def usable(x: Tensor) -> bool:
-    """True for tensors of a GPU where Triton works; plain operations do elsewhere, with the same results.
+    """True for tensors of a GPU where Triton works; elsewhere plain operations do, with the same results.
 
-    Under torch.compile too, which makes kernels of its own from them and sees more of what is around.
+    Under torch.compile they do too: it makes kernels of its own from them and sees more of what is around.
     """
     return x.is_cuda and not torch.compiler.is_compiling() and _works(x.device.index)
 
