@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from switchkit import Balance, Decoder, Factor, LanguageModule, MoELayer, RouterZ, Switch, TextData, TopK
+from switchkit import Balance, Decoder, Factor, LanguageModule, MoELayer, RouterZ, Switch, TextData, TopK, checkpoints
 from switchkit.callbacks import CleanStop, RandomState, SaveBest, SaveLast
 from switchkit.checkpoints import AtomicCheckpointIO
 
@@ -70,3 +70,24 @@ def trainer(folder: Path, *callbacks: L.Callback, every: int = 5, steps: int = 4
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class KillAt(L.Callback):
+    """Ends the process's run as SIGKILL would: no callback, no hook, no checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("killed")
+
+
+def fit(folder: Path, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.LightningModule:
+    """A run below the folder, or what goes on from its last checkpoint."""
+    source = data(folder)
+    model = module(source)
+    torch.manual_seed(1 if not resume else 99)  # A resumed process starts from any random state.
+    path = checkpoints.last(folder) if resume else None
+    trainer(folder, *callbacks, **options).fit(model, source, ckpt_path=path)
+    return model

@@ -10,21 +10,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from small import data, module, trainer, weights
+from small import KillAt, fit, weights
 
 from switchkit import checkpoints
 from switchkit.callbacks import RandomState, Stopped
-
-
-class KillAt(L.Callback):
-    """Ends the process's run as SIGKILL would: no callback, no hook, no checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyError("killed")
 
 
 class SignalAt(L.Callback):
@@ -37,15 +26,6 @@ class SignalAt(L.Callback):
         self.seen += 1
         if self.seen == self.batch:
             signal.raise_signal(self.number)
-
-
-def fit(folder: Path, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.LightningModule:
-    source = data(folder)
-    model = module(source)
-    torch.manual_seed(1 if not resume else 99)  # A resumed process starts from any random state.
-    path = checkpoints.last(folder) if resume else None
-    trainer(folder, *callbacks, **options).fit(model, source, ckpt_path=path)
-    return model
 
 
 @pytest.fixture(scope="module")
