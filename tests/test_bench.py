@@ -365,7 +365,9 @@ def test_on_a_device() -> None:
         (["--dispatchers", "sortd"], "Did you mean 'sorted'?"),
         (["--rounds", "0"], "at least 1"),
         (["--device", "nonsense"], "--device nonsense"),
-        (["--recipe", "tiny_shakespear", "--no-layer"], "Did you mean 'tiny_shakespeare'?"),
+        (["--recipe", "tiny_shakespear"], "Did you mean 'tiny_shakespeare'?"),
+        (["--recipe", "tiny_shakespeare_dense"], "this model is dense"),
+        (["--recipe", "t5_span"], "expected the recipe of a decoder"),
         (["--recipe", "tiny_shakespeare", "--no-recipe"], "contradict"),
         (["--no-layer", "--no-routers", "--no-recipe", "--no-generation"], "nothing to measure"),
         (["--new_tokens", "0"], "--new_tokens: expected an integer of at least 1"),
@@ -377,7 +379,8 @@ def test_on_a_device() -> None:
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert program(["bench", *arguments]) == 2
-    told = capsys.readouterr().err
+    out, told = capsys.readouterr()
+    assert out == ""  # before anything is measured
     assert told.count("\n") == 1
     assert said in told
     assert "Traceback" not in told

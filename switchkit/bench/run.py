@@ -38,6 +38,11 @@ def run(options: argparse.Namespace, command: str) -> int:
     if options.peers:
         check_peers()
     _check_writable(options.json)
+    if options.recipe is not None:
+        # Its imports take seconds, so only where there is something to check.
+        from switchkit.bench import step
+
+        step.check(options.recipe, device)
     shapes = options.shapes or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES)
     setup = Setup(
         device=device,

@@ -21,10 +21,11 @@ from switchkit.cli.recipes import find_config
 from switchkit.counts import count
 from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
+from switchkit.models.encoder_decoder import EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.twins import dense_spec
 
-__all__ = ["Bare", "found_recipe", "measure", "pool", "read", "twin_of"]
+__all__ = ["Bare", "check", "found_recipe", "measure", "pool", "read", "twin_of"]
 
 POOL = 16
 """Batches that the steps go through in turn; drawing them is not measured."""
@@ -54,6 +55,12 @@ class Bare:
             nn.utils.clip_grad_norm_(self.module.parameters(), float(self.clip))
         self.optimizer.step()
         self.scheduler.step()
+
+
+def check(name: str, device: torch.device) -> None:
+    """Refuse now what `measure` would refuse after minutes of other measurements."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        twin_of(name, read(["--config", found_recipe(name)], device, folder).module)
 
 
 def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> dict[str, Any]:
@@ -115,6 +122,8 @@ def read(arguments: list[str], device: torch.device, folder: str) -> Recipe:
     module, trainer = built.model, built.trainer
     if not isinstance(module, LanguageModule):
         raise UserError(f"--recipe: expected the recipe of a LanguageModule; this one trains a {type(module).__name__}")
+    if isinstance(module.net, EncoderDecoder):
+        raise UserError("--recipe: expected the recipe of a decoder; the model of this one is an EncoderDecoder")
     if trainer.accumulate_grad_batches != 1 or trainer.precision not in ("32-true", "bf16-mixed"):
         raise UserError(
             "--recipe: only steps of one batch in precision 32-true or bf16-mixed are measured; the recipe has "
