@@ -128,6 +128,7 @@ def _arrange(expert, slot, kept, start, row, source, size, n, groups, experts, B
     here = first + tl.load(slot + at, mask=inside, other=0)
     # Whoever comes: the counter of kept rows goes on to count the others.
     spare = tl.atomic_add(start + groups * experts + at * 0, (at * 0 + 1), mask=inside & (served == 0))
-    to = tl.where(served, here, spare)
+    # A slot beyond its load is a fault of a capacity policy; it must not write, or be read, outside the rows.
+    to = tl.maximum(tl.minimum(tl.where(served, here, spare), size - 1), 0)
     tl.store(row + at, to, mask=inside)
     tl.store(source + to, at, mask=inside)
