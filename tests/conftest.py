@@ -12,6 +12,11 @@ shapes.install()  # before anything imports the package
 
 import torch  # noqa: E402
 
+from switchkit.testing.cases import seeded  # noqa: E402
+
+# Processes that tests start share what the first of them compiles, which is a second for each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if not torch.cuda.is_available():
     # Before anything imports Triton: its interpreter then runs kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,7 +43,7 @@ def _one_thread() -> None:
 def _same_start() -> None:
     """The same random numbers for a test wherever it stands."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    seeded(0)
 
 
 @pytest.fixture(params=DEVICES)

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
 DEADLINE = 240.0
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "switchkit.callbacks"]
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "switchkit.callbacks", "switchkit.cli.lightning"]
 
 
 class RankError(AssertionError):
     """A rank raised, died or did not finish in time."""
+
+
+def server() -> ForkServerContext:
+    """Where processes begin without importing anything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any, deadline: float = DEADLINE) -> list[Any]:
@@ -36,8 +44,7 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, deadline: flo
     Raises:
         RankError: a rank raised (with its traceback), ended without a result, or was not done in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = server()
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
+from distributed import server
 
 from switchkit import checkpoints
 
@@ -44,15 +45,28 @@ class Slow(L.Callback):
 """
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "switchkit", "fit", "--config", "run.yaml", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, *options: str) -> ForkServerProcess:
+    process = server().Process(target=program, args=(folder, ["fit", "--config", "run.yaml", *options]))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out + err
+def program(folder: Path, arguments: list[str]) -> None:
+    """The command line in this process, as ``python -m switchkit`` in that folder would run it."""
+    from switchkit.cli import main
+
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    with Path("log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def finish(process: ForkServerProcess, folder: Path) -> tuple[int | None, str]:
+    process.join(120)
+    return process.exitcode, (folder / "log.txt").read_text()
 
 
 def final(folder: Path) -> torch.Tensor:
@@ -64,27 +78,32 @@ def final(folder: Path) -> torch.Tensor:
 def test_killed_and_stopped_runs_resume_to_the_same_weights(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "killed", "stopped")]
     running = []
-    for folder in folders:
-        folder.mkdir()
-        (folder / "run.yaml").write_text(SMALL)
-        (folder / "slow.py").write_text(SLOW)
-        (folder / "text.txt").write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(900)))
-        running.append(start(folder))
-    for folder, process, number in zip(folders[1:], running[1:], (signal.SIGKILL, signal.SIGTERM), strict=True):
-        deadline = time.monotonic() + 90
-        while not list((folder / "runs").rglob("last.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(number)
-    (code, text), (killed, _), (stopped, told) = (finish(process) for process in running)
-    assert code == 0, text
-    assert killed == -signal.SIGKILL
-    assert stopped == 128 + signal.SIGTERM, told
-    assert "stopped by SIGTERM after step" in told
-    assert "--ckpt_path" in told
-    for process in [start(folder, "--ckpt_path", "last") for folder in folders[1:]]:
-        code, text = finish(process)
+    try:
+        for folder in folders:
+            folder.mkdir()
+            (folder / "run.yaml").write_text(SMALL)
+            (folder / "slow.py").write_text(SLOW)
+            (folder / "text.txt").write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(900)))
+            running.append(start(folder))
+        for folder, process, number in zip(folders[1:], running[1:], (signal.SIGKILL, signal.SIGTERM), strict=True):
+            deadline = time.monotonic() + 90
+            while not list((folder / "runs").rglob("last.ckpt")) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(process.pid, number)
+        (code, text), (killed, _), (stopped, told) = map(finish, running, folders)
         assert code == 0, text
-        assert "last.ckpt" in text
+        assert killed == -signal.SIGKILL
+        assert stopped == 128 + signal.SIGTERM, told
+        assert "stopped by SIGTERM after step" in told
+        assert "--ckpt_path" in told
+        running += [start(folder, "--ckpt_path", "last") for folder in folders[1:]]
+        for process, folder in zip(running[3:], folders[1:], strict=True):
+            code, text = finish(process, folder)
+            assert code == 0, text
+            assert "last.ckpt" in text
+    finally:
+        for process in running:
+            process.kill()
     whole = final(folders[0])
     assert torch.equal(final(folders[1]), whole)
     assert torch.equal(final(folders[2]), whole)

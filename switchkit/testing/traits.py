@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from switchkit.testing.cases import Case, run
+from switchkit.testing.cases import Case, run, seeded
 
 __all__ = ["Traits", "traits_of"]
 
@@ -44,7 +44,7 @@ def traits_of(case: Case) -> Traits:
     case = replace(case, capacity="dropless", capacity_options=None, dtype=torch.float64, device="cpu", num_experts=4)
     x, valid, ids = case.inputs()
     layer = case.layer(training=True)
-    torch.manual_seed(0)
+    seeded(0)
     before = torch.get_rng_state()
     layer(x, valid, ids)
     draws = not torch.equal(before, torch.get_rng_state())

@@ -11,7 +11,7 @@ from switchkit.layers import MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.router_z import RouterZ
 from switchkit.testing import oracle
-from switchkit.testing.cases import EXACT, Case, gradients, results, run
+from switchkit.testing.cases import EXACT, Case, gradients, results, run, seeded
 from switchkit.testing.expect import breaks, error, expect, same
 
 __all__ = [
@@ -87,7 +87,7 @@ def _reach(layer: MoELayer, case: Case) -> tuple[float, int]:
     found = (0.0, 0)
     for t in range(x.shape[1] - 1):
         for seed in range(2):
-            torch.manual_seed(seed)
+            seeded(seed)
             later, names = x.clone(), ids.clone()
             later[:, t + 1 :] = torch.randn_like(later[:, t + 1 :])
             names[:, t + 1 :] = torch.randint_like(names[:, t + 1 :], 50)

@@ -14,7 +14,7 @@ from switchkit.losses.balance import Balance
 from switchkit.losses.router_z import RouterZ
 from switchkit.records import Routing, Rows
 from switchkit.testing import oracle
-from switchkit.testing.cases import EXACT, Case, gradients, measured, objective, results, run
+from switchkit.testing.cases import EXACT, Case, gradients, measured, objective, results, run, seeded
 from switchkit.testing.expect import Broken, breaks, error, expect, same
 
 __all__ = [
@@ -80,12 +80,12 @@ def finite_differences_agree(case: Case, *, fast: bool = True) -> None:
     named = dict(layer.named_parameters())
 
     def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
+        seeded(0)
         y, r = torch.func.functional_call(layer, dict(zip(named, parameters, strict=True)), (x, valid, ids))
         return y, Balance()([r]), RouterZ()([r])
 
     inputs = tuple(value.detach().requires_grad_() for value in (x, *named.values()))
-    torch.manual_seed(3)
+    seeded(3)
     try:
         gradcheck(function, inputs, atol=1e-6, nondet_tol=0.0, fast_mode=fast)
     except GradcheckError as differs:

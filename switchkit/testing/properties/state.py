@@ -20,7 +20,7 @@ from switchkit.experts.base import Experts
 from switchkit.losses.balance import Balance
 from switchkit.models import Decoder
 from switchkit.records import Rows
-from switchkit.testing.cases import EXACT, Case, gradients, results, run
+from switchkit.testing.cases import EXACT, Case, gradients, results, run, seeded
 from switchkit.testing.expect import Broken, breaks, error, expect, same
 
 __all__ = [
@@ -126,7 +126,7 @@ def exploration_stays_in_the_router(case: Case) -> None:
     share = torch.zeros_like(x[..., 0]).scatter_add(1, r.token, r.weight * placed(r)[1])
     expected = share.unsqueeze(-1) * x * valid.unsqueeze(-1)
     same({"output": y}, {"output": expected}, EXACT, "experts do not see the tokens as they are, so differs the")
-    torch.manual_seed(1)
+    seeded(1)
     _, s = layer(x, valid, ids)
     pairs = ((r.logits[valid], s.logits[valid]), (r.expert, s.expert), (r.chosen, s.chosen), (r.weight, s.weight))
     expect(any(not torch.equal(a, b) for a, b in pairs), "exploration is on, but two draws agree")

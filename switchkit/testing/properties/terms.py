@@ -14,7 +14,7 @@ from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss
 from switchkit.losses.router_z import RouterZ
 from switchkit.records import Routing
-from switchkit.testing.cases import EXACT, Case, collapsed, gradients, run
+from switchkit.testing.cases import EXACT, Case, collapsed, gradients, run, seeded
 from switchkit.testing.expect import Broken, breaks, error, expect, same
 
 __all__ = [
@@ -149,12 +149,12 @@ def loss_gradient_agrees(case: LossCase) -> None:
     loss, named = case.make(), {f"router.{n}": p for n, p in layer.router.named_parameters()}
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        seeded(0)
         _, r = torch.func.functional_call(layer, dict(zip(named, parameters, strict=True)), (x, valid, ids))
         return loss([r])
 
     inputs = tuple(value.detach().requires_grad_() for value in (x, *named.values()))
-    torch.manual_seed(3)
+    seeded(3)
     try:
         gradcheck(function, inputs, atol=1e-6, nondet_tol=0.0, fast_mode=True)
     except GradcheckError as differs:
@@ -204,7 +204,7 @@ def balance_sees_collapse(make: Callable[..., Loss] = Balance) -> None:
 
 @breaks("logits grow until the softmax saturates")
 def _closed_form(case: Any, make: Callable[..., Loss]) -> None:
-    torch.manual_seed(0)
+    seeded(0)
     base = collapsed(0, tokens=5)
     logits = (3 * torch.randn(1, 5, 4, dtype=torch.float64)).requires_grad_()
     valid = torch.tensor([[True, True, False, True, True]])
