@@ -39,6 +39,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("small.yaml").write_text(RECIPE.replace("losses: [balance]", "losses: [router_z]"))
 
 
+@pytest.mark.slow
 def test_the_same_step_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     """Each way to share out the work finds the gradient of one process, and sends what its layout has to send."""
     assert main(["--distributed", "2", "--recipe", "small.yaml", "--rounds", "2", "--json", "found.json"]) == 0

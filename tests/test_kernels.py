@@ -101,7 +101,16 @@ def test_large_numbers_overflow_nowhere() -> None:
 
 # One group, many groups, more assignments than one program takes at a time, more experts than that, nothing.
 @pytest.mark.parametrize(
-    ("groups", "n", "experts"), [(1, 1, 1), (3, 7, 4), (2, 2500, 5), (350, 3, 3), (1, 30, 1030), (2, 0, 3), (0, 4, 3)]
+    ("groups", "n", "experts"),
+    [
+        (1, 1, 1),
+        (3, 7, 4),
+        (2, 2500, 5),
+        (2, 0, 3),
+        (0, 4, 3),
+        pytest.param(350, 3, 3, marks=pytest.mark.slow),
+        pytest.param(1, 30, 1030, marks=pytest.mark.slow),
+    ],
 )
 def test_assignments_queue_and_are_arranged(groups: int, n: int, experts: int) -> None:
     expert, chosen = torch.randint(0, experts, (groups, n)), torch.rand(groups, n) < 0.8

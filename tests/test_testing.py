@@ -334,6 +334,7 @@ def test_the_callers_random_numbers_stay() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_optimised_python_checks_as_much() -> None:
     code = "from switchkit.testing import check_loss\nfrom switchkit.losses.balance import Balance\n"
     code += "class Bad(Balance):\n    def __call__(self, r): return super().__call__(r) + 1\n"

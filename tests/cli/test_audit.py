@@ -65,6 +65,7 @@ def test_other_faults_leave_the_exit_code_alone(run):
     assert (code, "1 fault," in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_audited_as_trained(run):
     argv = ["--plugins", "mine", "--model.moe.router", "mine_top_k"]
     assert run("fit", *SMALL, *argv)[0] == 0

@@ -98,6 +98,7 @@ def done(small: Path, run) -> Path:
     return small / "whole"
 
 
+@pytest.mark.slow
 def test_what_a_comparison_writes(done: Path, small: Path, run) -> None:
     runs = rows(done / "runs.csv")
     assert [(row["run"], row["seed"], row["steps"]) for row in runs] == [
@@ -160,6 +161,7 @@ def test_what_a_comparison_writes(done: Path, small: Path, run) -> None:
 SAVES = "{class_path: SaveLast, init_args: {every_n_steps: 3}}"
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_ends_with_the_very_rows(small: Path, run) -> None:
     argv = ("compare", "both.yaml", *EVERY, "--trainer.callbacks+", SAVES)
     assert run(*argv, "--out", "whole")[0] == 0
@@ -190,6 +192,7 @@ def test_an_interrupted_comparison_ends_with_the_very_rows(small: Path, run) -> 
         assert untimed(small / "out" / name) == untimed(small / "whole" / name)
 
 
+@pytest.mark.slow
 def test_runs_of_a_seed_read_the_same_batches(small: Path) -> None:
     batches = {}
     for entry in define(["both.yaml"]).entries:
@@ -205,6 +208,7 @@ def test_runs_of_a_seed_read_the_same_batches(small: Path) -> None:
     assert not torch.equal(batches["moe", 0], batches["moe", 1])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(small: Path, run) -> None:
     text = COMPARISON + "  wild: {model: {init_args: {optimizer: {init_args: {lr: 1e30}}, warmup_steps: 0}}}\n"
     (small / "both.yaml").write_text(text)
@@ -223,6 +227,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small: Path, run) -> None
     assert json.loads((small / "out" / "runs/wild/seed0/result.json").read_text()) == before
 
 
+@pytest.mark.slow
 def test_recipes_and_a_budget_of_operations(small: Path, run) -> None:
     """Two files; and without matplotlib everything but the pictures."""
     wide = yaml.safe_load((small / "small.yaml").read_text())
@@ -240,6 +245,7 @@ def test_recipes_and_a_budget_of_operations(small: Path, run) -> None:
     assert "With one seed nothing can be said" in out
 
 
+@pytest.mark.slow
 def test_a_budget_of_minutes(small: Path, run) -> None:
     code, out, err = run("compare", "both.yaml", "--seeds", "1", "--budget", "minutes=0.003", "--out", "out", *EVERY)
     assert code == 0, err

@@ -19,6 +19,7 @@ pytestmark = [
 SHRINK = {"prune": ["--keep", "2"], "merge": ["--experts", "2"], "to-dense": []}
 
 
+@pytest.mark.slow
 def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Path, capsys) -> None:
     assert main(["upcycle", str(dense), "--num_experts", "4", "--every", "2", "--out", "made.ckpt"]) == 0
     told = capsys.readouterr().err
@@ -37,6 +38,7 @@ def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Pa
     assert main(["fit", *begin, *more, "--trainer.limit_val_batches", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_fewer_experts_are_measured_on_the_checkpoints_data(taught: Path, run) -> None:
     for command, options in SHRINK.items():
         out = f"{command}.ckpt"
@@ -73,6 +75,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_writes_nothing(taught: Path, folder: Path, run) -> None:
     text = (folder / "text.txt").read_bytes()
     for command, options, why in BAD:

@@ -58,6 +58,7 @@ def test_what_is_given_wins(taught):
     assert cli.model.spec["init_args"]["optimizer"]["class_path"] == "torch.optim.sgd.SGD"
 
 
+@pytest.mark.slow
 def test_a_student_lives_without_its_teacher(distilled, run):
     """Evaluated with and without the settings of its run, continued in text, and begun from."""
     shutil.rmtree("taught")
@@ -76,6 +77,7 @@ def test_a_student_lives_without_its_teacher(distilled, run):
     assert type(build(new).model).__name__ == "LanguageModule"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_teacher(taught, distilled, run):
     """By the checkpoint alone, and by the saved settings; as one that never stopped."""
     whole = checkpoints.read(distilled)["state_dict"]
@@ -144,6 +146,7 @@ def test_an_imported_teacher_brings_no_data(folder, run):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_pairs(folder, run):
     """Task data over a teacher of one's own."""
     lines = [f"red {n}" for n in range(40)]
@@ -179,6 +182,7 @@ def test_the_closing_table_has_both_on_the_same_text(dense, run, count):
 # -- prepare --teacher -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_words_of_a_teacher(taught, run):
     """Written of its own data, and learned from where the checkpoint is gone, in the windows that were asked about."""
     code, _, err = run("prepare", "--teacher", str(taught), "--out", "words", "--k", "5", "--device", "cpu")
@@ -231,6 +235,7 @@ def test_bad_words(taught, run, more, message):
 # -- distill-report --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report(taught, distilled, dense, run):
     given = ["distill-report", "--device", "cpu", "--dense", str(dense), "--teacher", str(taught)]
     given += ["--student", f"mix={distilled}"]
@@ -258,6 +263,7 @@ def test_the_report(taught, distilled, dense, run):
     assert mix["loss"] == pytest.approx(sum(by_seed) / 2)
 
 
+@pytest.mark.slow
 def test_what_does_not_compare(taught, dense, run):
     given = ["distill-report", "--device", "cpu", "--dense", str(dense), "--teacher", str(taught), "--student"]
     Path("other.txt").write_text("the quick brown fox jumps over the lazy dog!\n" * 100)

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import failures
+import pytest
 from failures import fit, group, lay_out
 
 from switchkit import checkpoints
 
 
+@pytest.mark.slow
 def test_the_first_killed(tmp_path: Path) -> None:
     """The process that started the others is gone, and could not end them."""
     found = fit(lay_out(tmp_path), "--trainer.strategy", "ddp", *failures.faulty("kill", 0))
@@ -23,6 +25,7 @@ def test_the_first_killed(tmp_path: Path) -> None:
     assert [line for line in found.lines if line.startswith("switchkit: rank 1 ends: rank 0 (process ")]
 
 
+@pytest.mark.slow
 def test_another_raises(tmp_path: Path) -> None:
     found = fit(lay_out(tmp_path), "--trainer.strategy", "expert_parallel_2", *failures.faulty("raise", 1))
     assert found.code == 1, found.output
@@ -32,6 +35,7 @@ def test_another_raises(tmp_path: Path) -> None:
     assert found.lines[-1].endswith(" failed: RuntimeError: a planted fault; the others were ended")
 
 
+@pytest.mark.slow
 def test_another_hangs(tmp_path: Path) -> None:
     """It sleeps for eleven days, and the first has 4 seconds of patience."""
     options = failures.strategy("expert_parallel_2", 4.0)
@@ -43,6 +47,7 @@ def test_another_hangs(tmp_path: Path) -> None:
     assert found.lines[-1].endswith(" did not come within 4 s: killed")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     """Its exit code is no failure to which the others fall victim."""
     found = fit(lay_out(tmp_path), "--trainer.strategy", "ddp", *failures.faulty("SIGTERM", 1))

@@ -149,7 +149,9 @@ def test_a_checkpoint_without_a_vocabulary_says_how_to_get_one(folder, run):
 PROMPTS = ["abc", "d e f", " gh", "a", "hhhh", "c", "ab", "b b"]
 
 
-@pytest.mark.parametrize("search", [["--temperature", "0"], ["--seed", "5"], ["--num_beams", "3"]])
+@pytest.mark.parametrize(
+    "search", [["--temperature", "0"], ["--seed", "5"], pytest.param(["--num_beams", "3"], marks=pytest.mark.slow)]
+)
 def test_a_batch_gives_each_prompt_the_text_it_has_alone(letters, pairs, run, monkeypatch, search):
     """Eight prompts of six lengths, 3 at a time: the last batch has two. The same of an encoder-decoder's sources."""
     Path("prompts.txt").write_text("\n".join(PROMPTS))
@@ -180,6 +182,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_where_a_batch_would_change_the_texts_each_is_made_alone(letters, folder, run, monkeypatch):
     """A capacity that binds, also in an encoder; and a context that the longest prompt leaves."""
     tight = partial(MoELayer, router=TopK, capacity=partial(Factor, train=0.5, eval=0.5))

@@ -62,6 +62,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoints.read(path)["state_dict"]
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_with_the_weights_and_the_vocabulary_of_another(first, run):
     """Other text with fewer characters, another dropout and rate: the model is the first one's, at step 0."""
     Path("other.txt").write_text("the lazy dog.\n" * 200)
@@ -79,6 +80,7 @@ def test_a_new_run_begins_with_the_weights_and_the_vocabulary_of_another(first, 
     assert not torch.equal(content["state_dict"]["net.norm.weight"], weights(first)["net.norm.weight"])
 
 
+@pytest.mark.slow
 def test_without_data_of_its_own_it_takes_the_checkpoint_s(first, run):
     """As resuming does; what is said of them edits them, and another class replaces them whole."""
     cli = build(["--init_from", str(first), "--data.batch_size", "3"])

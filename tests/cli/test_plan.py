@@ -62,6 +62,7 @@ def test_json_says_all_of_it(run):
         assert one["seconds_per_token"] == pytest.approx(one["seconds"]["total"] / (2 * 3 * 64))
 
 
+@pytest.mark.slow
 def test_the_fastest_trains(run):
     """Its options are those of `fit`."""
     code, out, _ = run("plan", *SMALL, "--gpus", "1", "--activation_checkpointing", "on", "--all")
@@ -107,6 +108,7 @@ def test_every_router_can_be_counted(run, name):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_of_a_checkpoint(run):
     assert run("fit", *SMALL, "--trainer.max_steps", "1")[0] == 0
     code, out, _ = run("plan", "--ckpt_path", "last", "--json")

@@ -26,6 +26,7 @@ class Mine(BasePredictionWriter):
 """
 
 
+@pytest.mark.slow
 def test_results_below_the_run_folder_or_where_out_says(run):
     assert run("fit", "-c", "small.yaml")[0] == 0
     last = ("--ckpt_path", "last")

@@ -21,6 +21,7 @@ def test_characters_by_default(run, folder):
     assert corpus.tokenizer.decode(corpus.train[:]) + corpus.tokenizer.decode(corpus.held_out[:]) == text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_recipe_trains_on_the_folder(run):
     assert run("prepare", "--out", "tokens", "text.txt")[0] == 0

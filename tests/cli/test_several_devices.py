@@ -81,6 +81,7 @@ def two_devices(tmp_path_factory: pytest.TempPathFactory, written: Callable[[Pat
     return folder, out
 
 
+@pytest.mark.slow
 def test_two_devices_train_and_one_goes_on(
     two_devices: tuple[Path, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_two_devices_train_and_one_goes_on(
     assert checkpoints.read_settings(checkpoints.last(folder / "on"))["step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(loopback() is None, reason="this machine cannot be reached from itself")
 def test_two_machines_by_torchrun_train_as_two_devices_do(two_devices: tuple[Path, str], folder: Path) -> None:
     """The fragment for several machines, an agent of torchrun for each, both here."""
@@ -143,10 +145,18 @@ def test_consolidate_refuses_what_it_cannot_do(folder: Path, run: Run) -> None:
     assert "there is no folder 'no'" in run("consolidate", "x.ckpt", "--out", "no/y.ckpt")[2]
 
 
-def test_sizes_that_do_not_fit_are_told_in_one_line(folder: Path, run: Run) -> None:
+def test_sizes_that_do_not_fit_are_told_in_one_line(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """One device cannot share out experts over two."""
-    code, _, error = run("fit", "--config", "small.yaml", "--trainer.strategy", "expert_parallel_2",
-                         "--trainer.devices", "1")  # fmt: skip
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        # What the launcher sets is gone afterwards.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        code, _, error = run("fit", "--config", "small.yaml", "--trainer.strategy", "expert_parallel_2",
+                             "--trainer.devices", "1")  # fmt: skip
+    finally:
+        # The process would have ended.
+        torch.distributed.destroy_process_group()
     assert code == 2
     assert error.splitlines()[-1] == ("switchkit: error: expert_parallel_size=2 does not divide 1 processes: use 1")
 

@@ -28,6 +28,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5_span", "t5_span_dense"])
 def test_the_loss_falls(name, run):
     """Two validations of 40 steps; a byte of the text is worth 5.6 nats to a model that knows nothing."""

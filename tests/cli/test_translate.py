@@ -30,6 +30,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["t5_translate", "t5_translate_dense"])
 def test_the_loss_falls_and_the_scores_are_logged(recipe, run):
     for code, lines in toy_languages(0, 100).items():

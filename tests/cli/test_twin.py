@@ -48,6 +48,7 @@ def test_the_recipe_goes_to_stdout_and_the_table_to_stderr(run):
 
 
 @pytest.mark.parametrize("match", ["flops", "params"])
+@pytest.mark.slow
 def test_fit_trains_it_as_it_is(run, match):
     argv = ["--config", "more.yaml", "--model.net.sparse", "every(1)", "--plugins", "mine"]
     Path("more.yaml").write_text(
@@ -80,6 +81,7 @@ def test_the_packaged_twins_are_those_that_it_writes(run, name):
     assert settings("--config", "dense.yaml") == settings("--config", f"{name}_dense")
 
 
+@pytest.mark.slow
 def test_of_a_checkpoint(taught, run):
     code, out, _ = run("describe", "--ckpt_path", "last", "--trainer.default_root_dir", "taught", "--twin", "flops")
     assert code == 0

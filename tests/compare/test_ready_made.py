@@ -85,6 +85,7 @@ def test_the_first_line_says_what_is_compared_and_by_whom(name: str) -> None:
     assert definition.twin in [entry.name for entry in definition.entries]
 
 
+@pytest.mark.slow
 def test_they_build() -> None:
     """One of each kind of run; the others differ in a number."""
     wanted = {

@@ -76,6 +76,7 @@ def ranks() -> list[dict[str, tuple[Observed, dict[str, Any]]]]:
 
 @pytest.mark.parametrize("how", ["ddp", "experts"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_on_both_batches(ranks: Any, name: str, how: str) -> None:
     expected = alone(CASES[name])
     sha = fingerprint(CASES[name].made[-1].teacher.module)
@@ -95,6 +96,7 @@ def asked_of_one(rank: int, world: int, name: str) -> Observed:
     return as_rank(rank, world, CASES[name], "ddp")
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_seen() -> None:
     found = run(2, asked_of_one, "mixture")[0]
     assert worst(found, alone(CASES["mixture"]))[1] > 1e-2

@@ -206,6 +206,7 @@ def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.slow
 def test_another_vocabulary_has_other_ids(fine_tuned, capsys) -> None:
     letters = json.dumps({"class_path": "CharTokenizer", "init_args": {"characters": "w 0123456789"}})
     path = fine_tuned("--data.tokenizer", letters, "--model.vocab_size", str(V))

@@ -66,7 +66,7 @@ def chosen(ranks: int) -> dict[str, tuple[Case, Any]]:
     return found | {f"drops; {most}, recomputed": (every["drops"], again)}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_equals_one_process(ranks: int) -> None:
     """Losses, every clipped gradient, the norm that is logged, parameters and biases after all steps."""
     found = run(ranks, as_ranks, chosen(ranks))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from distributed import Ranks, run
@@ -91,6 +92,7 @@ def test_all_stop_at_one_step_and_go_on_exactly_under_ddp(tmp_path: Path) -> Non
     hold(tmp_path, "ddp")
 
 
+@pytest.mark.slow
 def test_all_stop_at_one_step_and_go_on_exactly_with_shared_out_experts(tmp_path: Path) -> None:
     hold(tmp_path, TWO, TOLD[:1], ENDS[:1])
 

@@ -120,6 +120,7 @@ COMPILED = Case(losses=(partial(Balance, weight=0.5, scope="global"),), clip=0.0
 COMPILED = replace(COMPILED, net=partial(COMPILED.net, num_layers=6, sparse="every(2)"))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_the_same_gradients() -> None:
     """A dense block makes one graph, a sparse one two, before and after what travels; blocks of a kind share them."""
     two = {"expert_parallel_size": 2}
@@ -132,6 +133,7 @@ def test_compiled_blocks_have_the_same_gradients() -> None:
             assert graphs == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
     case = replace(COMPILED, net=partial(COMPILED.net, num_layers=1, sparse="every(1)"))

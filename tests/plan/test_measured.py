@@ -169,7 +169,7 @@ def arranged(found: Plan, world: int, sizes: tuple[int, int, bool]) -> Estimate:
     return one
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def measured(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Measured]]]:
     world = request.param
     made = {name: (case, strategy(*sizes), precision) for name, (case, sizes, precision) in CASES[world].items()}
