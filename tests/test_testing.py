@@ -147,7 +147,7 @@ def smoke(case: Case) -> None:
     (y.sum() + Balance()([routing]) + RouterZ()([routing])).backward()
 
 
-def test_smoke_notices_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke_notices_few(monkeypatch: pytest.MonkeyPatch) -> None:
     noticed = []
     for name, plant in FAULTS.items():
         base, cls, options = CHECKED[name]
@@ -160,8 +160,9 @@ def test_smoke_notices_none(monkeypatch: pytest.MonkeyPatch) -> None:
                 smoke(Case(capacity_options=(("train", 1.25), ("eval", 1.25)), d_ff=6, **part))
             except Exception:
                 noticed.append(name)
-    # The smoke test notices 0 of 50, where the kit notices all.
-    assert (len(noticed), len(FAULTS)) == (0, 50), noticed
+    # Of 50, all of which the kit notices, those alone that put a row outside the others, which indexing refuses.
+    assert len(FAULTS) == 50
+    assert set(noticed) <= {"places_counted_over_the_batch", "one_place_too_few", "rows_of_no_expert_hold_garbage"}
 
 
 # Parts of a user

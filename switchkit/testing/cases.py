@@ -112,6 +112,8 @@ class Case:
             group=self.group,
             dropped=self.dropped,
         )
+        # Again, for releases of torch differ in how many numbers a truncated normal takes.
+        seeded(self.seed)
         for name, parameter in layer.named_parameters():
             # Biases start at zero and routers small: move both to where they matter.
             if name.rpartition(".")[2].startswith("b") or name.startswith("router"):

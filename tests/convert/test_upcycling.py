@@ -61,8 +61,9 @@ def test_step_0_computes_what_the_dense_model_does(module: LanguageModule, optio
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     made = upcycle(module, **options)
     found = change(module, made)
-    assert found.logits < 1e-6
-    assert found.after == pytest.approx(found.before, rel=1e-6)
+    # Rounding of float32, 2e-6 here at most; in float64 it is exact, as the next test has it.
+    assert found.logits < 1e-5
+    assert found.after == pytest.approx(found.before, rel=1e-5)
     assert len(made.sparse_layers) == (3 if isinstance(module.net, Decoder) else 4)
     # What was dense stays as it is, and is no one's but its own.
     for parameter in made.parameters():
