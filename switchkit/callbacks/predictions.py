@@ -55,6 +55,11 @@ class WritePredictions(L.Callback):
         self._target = folder / "predictions.jsonl" if self.path is None else Path(self.path)
         if self._target.is_dir():
             raise ValueError(f"predictions cannot be written to {self._target}, which is a folder: give a file in it")
+        read = getattr(getattr(trainer, "datamodule", None), "path", None)
+        if isinstance(read, str | Path) and self._target.resolve() == Path(read).expanduser().resolve():
+            raise ValueError(
+                f"predictions would take the place of {self._target}, the text they are about: name another"
+            )
         self.count, self.written = 0, None
         if not trainer.is_global_zero:
             return

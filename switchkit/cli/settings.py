@@ -15,6 +15,7 @@ from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, target_of
 from switchkit.cli.plugins import import_plugins, load_entry_points
+from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
 from switchkit.cli.teacher import distils, teacher_of, teacher_settings
@@ -190,6 +191,7 @@ def _check(tree: dict[str, Any], command: str) -> None:
         require(tree["data"], LightningDataModule, "data")
     for name, parameter in signature_of(Trainer).parameters.items():
         require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
+    check_ranges(tree)
 
 
 def _import_public() -> None:

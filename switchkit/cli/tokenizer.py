@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import OptionParser, number
@@ -29,6 +30,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     from switchkit.data.train_tokenizer import save_tokenizer, train_tokenizer
 
     texts = text_files(options.files)
+    if any(Path(options.out).resolve() == Path(text).resolve() for text in options.files):
+        raise UserError(f"--out {options.out} is one of the texts, which it would take the place of: name another file")
     with stops_cleanly(), bar() as bars:
         line = Bar(bars, texts, "Reading")
         found = train_tokenizer(

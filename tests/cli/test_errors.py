@@ -158,3 +158,37 @@ def test_errors_of_constructors_are_one_line_too(run, name):
     assert len(told) == 1
     assert "Traceback" not in err, err
     assert [part for part in said if part not in told[0]] == [], err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--seed_everything", "-1", "seed_everything -1: expected an integer from 0 to 4294967295"),
+        ("--trainer.accumulate_grad_batches", "0", "trainer.accumulate_grad_batches 0: expected a number of batches"),
+        ("--trainer.log_every_n_steps", "0", "trainer.log_every_n_steps 0: expected a number of steps from 1"),
+        ("--trainer.check_val_every_n_epoch", "0", "trainer.check_val_every_n_epoch 0: expected a number of epochs"),
+        ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0: expected a number of batches from 1"),
+        ("--trainer.gradient_clip_val", "-1", "trainer.gradient_clip_val -1"),
+        ("--trainer.devices", "x", "trainer.devices x: expected a number from 1"),
+        ("--trainer.devices", "-2", "trainer.devices -2: expected a number from 1"),
+        ("--trainer.default_root_dir", "text.txt", "trainer.default_root_dir text.txt: this is a file; give a folder"),
+    ],
+)
+def test_settings_that_lightning_trips_over_are_told_at_once(folder, run, option, value, said):
+    code, out, error = run("fit", "-c", "small.yaml", option, value)
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_is_read_is_not_written_over(folder, run):
+    text = (folder / "text.txt").read_bytes()
+    code, _, error = run("tokenizer", "train", "text.txt", "--vocab_size", "400", "--out", "./text.txt")
+    assert code == 2
+    assert "is one of the texts" in error
+    code, _, error = run("predict", "-c", "small.yaml", "--out", "text.txt")
+    assert code != 0
+    assert "take the place of text.txt" in error
+    assert (folder / "text.txt").read_bytes() == text

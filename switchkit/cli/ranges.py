@@ -1,0 +1,57 @@
+"""Numbers that Lightning takes without a look and trips over later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from switchkit.cli.errors import UserError
+
+__all__ = ["check_ranges"]
+
+SEEDS = 2**32
+_Fits = Callable[[Any], bool]
+_TRAINER: dict[str, tuple[_Fits, str]] = {
+    "accumulate_grad_batches": (lambda x: x >= 1, "a number of batches from 1"),
+    "log_every_n_steps": (lambda x: x >= 1, "a number of steps from 1"),
+    "check_val_every_n_epoch": (lambda x: x >= 1, "a number of epochs from 1, or null"),
+    "val_check_interval": (lambda x: x > 0, "a number of batches from 1, or a share of them above 0"),
+    "gradient_clip_val": (lambda x: x >= 0, "a number from 0, or null"),
+}
+
+
+def check_ranges(tree: Mapping[str, Any]) -> None:
+    """Refuse settings of the trainer, or a seed, outside what works.
+
+    Raises:
+        UserError: one is; it names the key, the value and what is accepted.
+    """
+    seed = tree.get("seed_everything")
+    if _number(seed) and not 0 <= seed < SEEDS:
+        raise UserError(f"seed_everything {seed}: expected an integer from 0 to {SEEDS - 1}")
+    trainer = tree.get("trainer") or {}
+    for name, (fits, accepted) in _TRAINER.items():
+        value = _read(trainer.get(name))
+        if _number(value) and not fits(value):
+            raise UserError(f"trainer.{name} {value:g}: expected {accepted}")
+    devices = trainer.get("devices")
+    wrong = isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(\s*,\s*\d+)*,?", devices.strip())
+    if wrong or (_number(devices) and devices != -1 and devices < 1):
+        raise UserError(f"trainer.devices {devices}: expected a number from 1, -1 for all, auto, or a list of indices")
+    root = trainer.get("default_root_dir")
+    if isinstance(root, str) and Path(root).expanduser().is_file():
+        raise UserError(f"trainer.default_root_dir {root}: this is a file; give a folder")
+
+
+def _read(value: Any) -> Any:
+    """A number that the command line left a word, where words are accepted too."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
