@@ -36,6 +36,8 @@ model:
     moe:
       class_path: MoELayer
       init_args: {router: {class_path: top_k, init_args: {k: 2}}, experts: gated_mlp}
+data: {class_path: TextData, init_args: {context: 256}}
+trainer: {max_steps: 2000}
 ```
 
 The shape of the llama family, with grouped queries and norms of queries and keys as in Qwen3:

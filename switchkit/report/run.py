@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from itertools import islice
 from pathlib import Path
@@ -111,10 +112,13 @@ def closing(cli: Any) -> None:
     out.print(rows_table(f"Result{part}", rows))
     shown = best or last
     if shown is not None:
+        given = cli.settings.get("plugins") or []
+        names = [given] if isinstance(given, str) else given
+        plugins = " --plugins " + shlex.join(names) if names else ""
         out.print("Next:", style="bold")
         for line in (
-            command(module, cli.datamodule, shown),
-            f"switchkit test --ckpt_path {shown}",
+            command(module, cli.datamodule, shown) + plugins,
+            f"switchkit test --ckpt_path {shown}{plugins}",
             f"switchkit fit{config} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)

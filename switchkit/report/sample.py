@@ -26,12 +26,25 @@ class _Source:
 def command(module: Any, data: Any, checkpoint: object) -> str:
     """The line that has `checkpoint` write something."""
     source = _held_out(module, data)
-    prompt, more = "ROMEO:", ""
+    prompt, more = _prompt(module.tokenizer, data) if source is None else "", ""
     if source is not None:
         # Its end, in one line: a window of a text is long.
         prompt = " ".join(source.text[-100:].split())
         more = "" if source.language is None else f" --language {source.language}"
     return f"switchkit generate --ckpt_path {checkpoint} --prompt {shlex.quote(prompt)}{more} --max_new_tokens 200"
+
+
+def _prompt(tokenizer: Any, data: Any) -> str:
+    """What a decoder can go on from: a speaker of the plays, or how a held-out text begins that lacks its letters."""
+    prompt = "ROMEO:"
+    try:
+        if tokenizer is not None:
+            tokenizer.encode(prompt)
+    except ValueError:
+        batch = next(iter(data.test_dataloader()), None) or {}
+        if "tokens" in batch:
+            prompt = " ".join(str(tokenizer.decode(batch["tokens"][0][:24])).split())
+    return prompt
 
 
 def sample(module: Any, data: Any, length: int = 240) -> str:

@@ -89,7 +89,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[P
     table = dict(registry._table)
     yield tmp_path
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+        file = getattr(module, "__file__", None)
+        # One found by a relative entry of the path has a relative file.
+        if file is not None and str(Path(file).absolute()).startswith(str(tmp_path)):
             del sys.modules[name]
     # Parts of the package that were first imported by this test stay registered.
     for name, cls in list(registry._table.items()):

@@ -39,7 +39,8 @@ def runs(folder, trained, run) -> Path:
             "--trainer.default_root_dir",
             str(trained),
         ]
-        assert run("fit", *argv)[0] == 0
+        code, _, error = run("fit", *argv)
+        assert code == 0, error
     return trained
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
+import sys
 
 import pytest
 
@@ -33,7 +35,8 @@ def test_list_shows_a_plugin_s_parts(run, how):
 def test_entry_points_are_loaded(monkeypatch, run):
     point = importlib.metadata.EntryPoint("mine", "mine", "switchkit.plugins")
     monkeypatch.setattr("switchkit.cli.plugins.entry_points", lambda group: [point])
-    monkeypatch.syspath_prepend(".")
+    # syspath_prepend would put back a path that has the folder of this test.
+    monkeypatch.setattr(sys, "path", [".", *sys.path])
     load_entry_points()
     assert "mine_top_k" in registry._table
 
@@ -43,3 +46,16 @@ def test_a_broken_entry_point_names_its_package(monkeypatch):
     monkeypatch.setattr("switchkit.cli.plugins.entry_points", lambda group: [point])
     with pytest.raises(UserError, match=r"'bad' .*no_such_package.*cannot be imported"):
         load_entry_points()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_fit_says_to_do_next_works_as_it_stands(folder, run):
+    """With the user's own part, and on a text without the letters of a play."""
+    code, out, error = run("fit", "-c", "small.yaml", "--plugins", "mine", "--model.moe.router", "mine_top_k")
+    assert code == 0, error
+    lines = [line.strip() for line in out.splitlines()]
+    for name in ("switchkit generate ", "switchkit test "):
+        (line,) = (line for line in lines if line.startswith(name))
+        assert line.endswith(" --plugins mine")
+        code, _, error = run(*shlex.split(line)[1:])
+        assert code == 0, error
