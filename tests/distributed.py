@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -29,6 +30,11 @@ PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "switchkit.
 
 class RankError(AssertionError):
     """A rank raised, died or did not finish in time."""
+
+
+def worlds(*numbers: int) -> list[Any]:
+    """Numbers of processes to test with: more than two on two cores are slow."""
+    return [pytest.param(number, marks=pytest.mark.slow) if number > 2 else number for number in numbers]
 
 
 def server() -> ForkServerContext:

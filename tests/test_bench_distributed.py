@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from distributed import run
 from endings import fails, hangs
 from test_bench import RECIPE
@@ -85,7 +86,13 @@ def test_all_processes_end_with_the_first_that_fails_and_in_time(function: Any, 
     assert multiprocessing.active_children() == before
 
 
-def test_a_batch_that_cannot_be_shared_out_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model", ["sparse", "dense"])
+def test_a_batch_that_cannot_be_shared_out_is_told(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a dense model too, which has no twin and needs none."""
+    if model == "dense":
+        recipe = yaml.safe_load(Path("small.yaml").read_text())
+        recipe["model"]["init_args"]["net"]["init_args"]["sparse"] = []
+        Path("small.yaml").write_text(yaml.safe_dump(recipe))
     assert program(["bench", "--distributed", "3", "--recipe", "small.yaml"]) == 2
     told = capsys.readouterr().err
     assert "--distributed 3: the 4 sequences of small.yaml's batch cannot be shared out" in told

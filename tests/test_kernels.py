@@ -108,8 +108,8 @@ def test_large_numbers_overflow_nowhere() -> None:
         (2, 2500, 5),
         (2, 0, 3),
         (0, 4, 3),
-        pytest.param(350, 3, 3, marks=pytest.mark.slow),
-        pytest.param(1, 30, 1030, marks=pytest.mark.slow),
+        pytest.param(600, 3, 3, marks=pytest.mark.slow),
+        pytest.param(2, 30, 1500, marks=pytest.mark.slow),
     ],
 )
 def test_assignments_queue_and_are_arranged(groups: int, n: int, experts: int) -> None:

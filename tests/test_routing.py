@@ -92,7 +92,7 @@ def test_switch_samples_from_the_softmax(temperature: float) -> None:
     """Frequencies of 20 000 draws lie within five standard deviations, sqrt(p (1 - p) / n), of the softmax."""
     n = 20_000
     router = Switch(D, E, sample=True, temperature=temperature).double()
-    # Again, for releases of torch differ in how many numbers a truncated normal takes.
+    # Releases of torch differ in how many numbers a truncated normal takes.
     torch.manual_seed(0)
     torch.nn.init.normal_(router.weight)
     x = tokens(1, 1).expand(1, n, D)

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed import Ranks, run
+from distributed import Ranks, run, worlds
 from equal import MOE, NET, VOCABULARY, Loader, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -67,7 +67,7 @@ def started(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", worlds(*LAYOUTS))
 def test_values_do_not_depend_on_the_layout(world: int) -> None:
     """Every parameter and buffer has the bits of the one that a single device draws with the seed."""
     expected = {}

@@ -220,7 +220,7 @@ class SwitchkitCLI(LightningCLI):
             settings["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
         strategies.end_together(trainer.strategy.launcher, tells=lambda error: one_line(error) is not None)
         return trainer

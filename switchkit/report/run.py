@@ -112,12 +112,11 @@ def closing(cli: Any) -> None:
     out.print(rows_table(f"Result{part}", rows))
     shown = best or last
     if shown is not None:
-        given = cli.settings.get("plugins") or []
-        names = [given] if isinstance(given, str) else given
-        plugins = " --plugins " + shlex.join(names) if names else ""
+        names = cli.settings.get("plugins")
+        plugins = f" --plugins {shlex.join(names)}" if names else ""
         out.print("Next:", style="bold")
         for line in (
-            command(module, cli.datamodule, shown) + plugins,
+            command(module, cli.datamodule, shown, written) + plugins,
             f"switchkit test --ckpt_path {shown}{plugins}",
             f"switchkit fit{config} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
         ):

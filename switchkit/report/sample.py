@@ -23,27 +23,27 @@ class _Source:
     language: str | None
 
 
-def command(module: Any, data: Any, checkpoint: object) -> str:
-    """The line that has `checkpoint` write something."""
+def command(module: Any, data: Any, checkpoint: object, written: str | None) -> str:
+    """The line that has `checkpoint` write something; `written`: the sample of a decoder."""
     source = _held_out(module, data)
-    prompt, more = _prompt(module.tokenizer, data) if source is None else "", ""
-    if source is not None:
+    more = ""
+    if source is None:
+        prompt = _prompt(module.tokenizer, written)
+    else:
         # Its end, in one line: a window of a text is long.
         prompt = " ".join(source.text[-100:].split())
         more = "" if source.language is None else f" --language {source.language}"
     return f"switchkit generate --ckpt_path {checkpoint} --prompt {shlex.quote(prompt)}{more} --max_new_tokens 200"
 
 
-def _prompt(tokenizer: Any, data: Any) -> str:
-    """What a decoder can go on from: a speaker of the plays, or how a held-out text begins that lacks its letters."""
+def _prompt(tokenizer: Any, written: str | None) -> str:
+    """What a decoder can go on from: a speaker of the plays, or its own words where the vocabulary lacks a letter."""
     prompt = "ROMEO:"
     try:
         if tokenizer is not None:
             tokenizer.encode(prompt)
     except ValueError:
-        batch = next(iter(data.test_dataloader()), None) or {}
-        if "tokens" in batch:
-            prompt = " ".join(str(tokenizer.decode(batch["tokens"][0][:24])).split())
+        return " ".join((written or "").split())[:24]
     return prompt
 
 

@@ -49,7 +49,7 @@ EXACT = 1e-10
 
 
 def seeded(number: int) -> None:
-    """`torch.manual_seed`, which formats three stack traces where no GPU is: 2 ms under a test runner, each time."""
+    """`torch.manual_seed`, which formats a stack trace for each of three kinds of GPU that are not there."""
     if torch.accelerator.is_available():
         torch.manual_seed(number)
     else:

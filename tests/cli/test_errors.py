@@ -183,6 +183,14 @@ def test_settings_that_lightning_trips_over_are_told_at_once(folder, run, option
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_the_trainer_refuses_by_a_type_error_is_one_line(run):
+    code, out, error = run("fit", "-c", "small.yaml", "--trainer.devices", "2,")
+    assert (code, out) == (2, "")
+    assert error.splitlines()[-1].startswith("switchkit: error: trainer: `devices` selected with `CPUAccelerator`")
+    assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_is_read_is_not_written_over(folder, run):
     text = (folder / "text.txt").read_bytes()
     code, _, error = run("tokenizer", "train", "text.txt", "--vocab_size", "400", "--out", "./text.txt")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run
+from distributed import run, worlds
 from equal import MOE, NET, Case, Observed, alone, as_rank, as_ranks, differences, one_by_one, worst
 
 from switchkit import Balance, ExpertChoice, Factor, GatedMlp, MoELayer, RouterZ, Shared, Sigmoid
@@ -66,7 +66,7 @@ def chosen(ranks: int) -> dict[str, tuple[Case, Any]]:
     return found | {f"drops; {most}, recomputed": (every["drops"], again)}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", worlds(2, 4))
 def test_every_layout_equals_one_process(ranks: int) -> None:
     """Losses, every clipped gradient, the norm that is logged, parameters and biases after all steps."""
     found = run(ranks, as_ranks, chosen(ranks))

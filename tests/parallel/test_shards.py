@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed import Ranks, run
+from distributed import Ranks, run, worlds
 from equal import Case, Loader, distance, whole
 
 from switchkit import Balance, GatedMlp, LanguageModule, MoELayer, RouterZ, Shared, Sigmoid, checkpoints
@@ -143,7 +143,7 @@ def test_layouts_with_shards_make_folders(saved: dict[str, Path]) -> None:
     assert not list(saved["one"].parent.glob(".*"))
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", worlds(1, 2, 4))
 @pytest.mark.parametrize("source", ["one", "expert 2 of 2", "copies"])
 def test_any_layout_goes_on_from_any_other(
     saved: dict[str, Path], uninterrupted: dict[str, torch.Tensor], source: str, world: int

@@ -23,10 +23,9 @@ Reference = Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Sequence[Tens
 
 def make(name: str, *, d_model: int = 6, d_ff: int = 5, num_experts: int = 4, train: bool = True, **parts) -> MoELayer:
     """The layer of a preset as published, with weights large enough that experts and probabilities differ."""
-    torch.manual_seed(SEED)
     moe = preset_parts(name, as_published=True).moe
     layer = moe(d_model=d_model, d_ff=d_ff, num_experts=num_experts, **parts)
-    # Again, for releases of torch differ in how many numbers a truncated normal takes.
+    # Not before: releases of torch differ in how many numbers a truncated normal takes.
     torch.manual_seed(SEED)
     for key, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=0.8 if "router" in key else 0.5)

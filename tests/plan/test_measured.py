@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import Ranks, run
+from distributed import Ranks, run, worlds
 from equal import MOE, NET, VOCABULARY, Case, train
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -169,7 +169,7 @@ def arranged(found: Plan, world: int, sizes: tuple[int, int, bool]) -> Estimate:
     return one
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=worlds(*CASES))
 def measured(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Measured]]]:
     world = request.param
     made = {name: (case, strategy(*sizes), precision) for name, (case, sizes, precision) in CASES[world].items()}
