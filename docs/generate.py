@@ -107,6 +107,10 @@ switchkit fit --config t5_span --data.path shards
 switchkit fit --config tiny_shakespeare --data StreamData --data.path 'books/*.jsonl' --data.validation_path held.jsonl
 ```
 
+`tokenizer train` adds `<pad>`, `</s>`, `<unk>` and 100 sentinels `<extra_id_0>`, `<extra_id_1>`, ..., which
+`SpanData` needs, to every vocabulary, and counts them and the 256 bytes in `--vocab_size`, which is thus 359 at
+least. `--sentinels 0` leaves the sentinels out, for a decoder.
+
 A vocabulary is a `Tokenizer`: `CharTokenizer` (the default of `TextData`), `ByteTokenizer` (of the others), or
 `FileTokenizer`, any file of Hugging Face's `tokenizers`. It travels in the checkpoint.""",
         (
