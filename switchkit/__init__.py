@@ -47,6 +47,7 @@ _HOME = {
     "PrefixLM": "data",
     "SpanCorruption": "data",
     "SpanData": "data",
+    "StreamData": "data",
     "UL2": "data",
     "PairData": "data",
     "TextData": "data",

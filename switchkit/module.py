@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +25,8 @@ from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
 from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
-from switchkit.optim import OptimizerFactory, decay_groups, learning_rate
+from switchkit.models.inputs import check_inputs
+from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
 from switchkit.records import Routing
@@ -96,8 +98,9 @@ class LanguageModule(L.LightningModule):
             to a round number).
 
     Raises:
-        ValueError: neither a tokenizer nor vocab_size, fewer symbols than the tokenizer has, values out of range, or a
-            part that a checkpoint could not describe (a lambda, a local class).
+        ValueError: neither a tokenizer nor vocab_size, fewer symbols than the tokenizer has, values out of range, those
+            of the optimizer included, or a part that a checkpoint could not describe (a lambda, a local class). Before
+            a run begins: data that the model cannot read.
     """
 
     def __init__(
@@ -145,9 +148,16 @@ class LanguageModule(L.LightningModule):
         with later(False) if type(self) is not LanguageModule else nullcontext():
             self.net, self.start = begin(partial(net or Decoder, vocab_size=size, moe=moe))
         self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
+        names = [name_of(type(term)) for term in self.losses]
+        # A second one of a kind is logged beside the first, not over it.
+        self._loss_names = [
+            name if (before := names[:number].count(name)) == 0 else f"{name}_{before + 1}"
+            for number, name in enumerate(names)
+        ]
         self.optimizer: OptimizerFactory = optimizer or partial(
             torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
         )
+        check_optimizer(self.optimizer)
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
         self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
         experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
@@ -163,6 +173,8 @@ class LanguageModule(L.LightningModule):
         self._counts: tuple[Tensor, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
+        if self._trainer is not None:
+            check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
         # What a run left behind that broke off in the middle of a step belongs to no other.
         self._micro_batches.clear()
         self._counts = None
@@ -188,7 +200,7 @@ class LanguageModule(L.LightningModule):
         routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
         loss = learned + routing
         self.train_routing.update(found)
-        named_terms = {name_of(type(term)): value for term, value in zip(self.losses, terms, strict=True)}
+        named_terms = dict(zip(self._loss_names, terms, strict=True))
         values = {"loss": loss, **named, **named_terms}
         weights = micro.weights(self._micro_batches[0] if self._micro_batches else None)
         self._micro_batches.append(micro.with_values(values))
@@ -283,6 +295,13 @@ class LanguageModule(L.LightningModule):
         decay, spare = decay_groups(self)
         optimizer = self.optimizer([{"params": decay}, {"params": spare, "weight_decay": 0.0}])
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            if self.schedule != "constant":
+                raise ValueError(
+                    f"schedule {self.schedule!r} ends with the run, and this run has no last step: set the Trainer's "
+                    "max_steps or max_epochs, or schedule 'constant'"
+                )
+            steps = 0  # which a constant rate does not read
         rate = partial(learning_rate, self.warmup_steps, int(steps), self.schedule, self.final_lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

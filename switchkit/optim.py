@@ -11,13 +11,29 @@ from torch import nn
 
 from switchkit.routing.base import Router
 
-__all__ = ["OptimizerFactory", "decay_groups", "learning_rate"]
+__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "learning_rate"]
 
 
 class OptimizerFactory(Protocol):
     """Anything that builds an optimizer for parameter groups: a class of torch.optim, a partial, a YAML part."""
 
     def __call__(self, params: Iterable[dict[str, Any]]) -> torch.optim.Optimizer: ...
+
+
+def check_optimizer(factory: OptimizerFactory) -> None:
+    """Build it for one made-up matrix, so that its options are refused now and not once a run has begun.
+
+    Raises:
+        ValueError: the optimizer's own complaint, or a learning rate or decay that is no finite number.
+    """
+    try:
+        made = factory([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"optimizer: {error}") from error
+    for option in ("lr", "weight_decay"):
+        value = made.defaults.get(option)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"optimizer {type(made).__name__}: {option} must be a finite number; got {value}")
 
 
 def learning_rate(warmup: int, steps: int, schedule: str, final: float, step: int) -> float:

@@ -94,7 +94,9 @@ def name_of(cls: type) -> str:
 
 def nearest(word: str, known: object) -> str:
     """``". Did you mean 'top_k'?"`` or the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)  # type: ignore[call-overload]
+    # Of a short word one letter is much.
+    least = 0.5 if len(word) < 5 else 0.6
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=least)  # type: ignore[call-overload]
     return f". Did you mean {close[0]!r}?" if close else ""
 
 

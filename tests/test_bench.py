@@ -371,6 +371,12 @@ def test_on_a_device() -> None:
         (["--recipe", "tiny_shakespeare", "--no-recipe"], "contradict"),
         (["--no-layer", "--no-routers", "--no-recipe", "--no-generation"], "nothing to measure"),
         (["--new_tokens", "0"], "--new_tokens: expected an integer of at least 1"),
+        (["--threads", "99999999"], "--threads: expected an integer from 1 to 1024"),
+        (["--device", "meta"], "--device meta: expected cpu"),
+        (["--no-seq2seq"], "--no-seq2seq leaves a part of --peers out"),
+        (["--distributed", "2", "--memory"], "--distributed measures the training step alone: leave --memory out"),
+        (["--json", "."], "--json '.' is a folder"),
+        (["--json", "README.md"], "--json README.md is there already, and is no .json file"),
         (["--json", "no/such/folder.json"], "--json no/such/folder.json"),
         (["--dtype", "fp8"], "fp32"),
         (["--distributed", "0"], "--distributed: expected an integer of at least 1"),
@@ -378,12 +384,19 @@ def test_on_a_device() -> None:
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("README.md").touch()
     assert program(["bench", *arguments]) == 2
     out, told = capsys.readouterr()
     assert out == ""  # before anything is measured
     assert told.count("\n") == 1
     assert said in told
     assert "Traceback" not in told
+
+
+def test_a_layer_that_the_memory_does_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--shapes", f"{10**12},64,64,4,1", "--no-routers", "--no-recipe", "--no-generation"]
+    assert program(["bench", *given]) == 2
+    assert "bench: the memory does not hold this: " in capsys.readouterr().err
 
 
 def test_peers_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

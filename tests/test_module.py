@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
 
-from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TopK
+from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK
 from switchkit.callbacks import SaveLast
 from switchkit.module import NonFiniteError
 from switchkit.optim import decay_groups, learning_rate
@@ -39,6 +39,32 @@ def test_the_loss_is_cross_entropy_plus_weighted_terms(tmp_path: Path) -> None:
     assert step["stats"]["load"].shape == (2, 3)
     assert step["stats"]["load"].sum(-1).tolist() == [64, 64]
     assert not any(value.requires_grad for value in step["stats"].values())
+
+
+def test_two_terms_of_a_kind_are_logged_each(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = module(source, moe=TOP2, losses=[partial(Balance, weight=0.5), RouterZ, partial(Balance, weight=0.1)])
+    batch = next(iter(source.train_dataloader()))
+    model.training_step(batch, 0)
+    assert list(model._micro_batches[0].values) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
+
+
+def test_data_that_a_model_cannot_read_are_refused_before_the_first_batch(tmp_path: Path) -> None:
+    model = module(data(tmp_path))
+    long = TextData(str(tmp_path / "text.txt"), context=65)
+    with pytest.raises(ValueError, match="data.context 65 is longer than model.net.context"):
+        trainer(tmp_path, steps=1).fit(model, long)
+
+
+def test_a_cosine_needs_a_last_step(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    endless = {"steps": -1, "max_epochs": -1, "max_time": "00:00:00:01"}
+    with pytest.raises(ValueError, match="schedule 'cosine' ends with the run, and this run has no last step"):
+        trainer(tmp_path, **endless).fit(module(source), source)
+    loop = trainer(tmp_path, **endless)
+    loop.fit(module(source, schedule="constant"), source)
+    assert loop.global_step > 0
+    assert loop.optimizers[0].param_groups[0]["lr"] == 3e-3
 
 
 def test_padding_is_in_no_loss(tmp_path: Path) -> None:
@@ -173,6 +199,12 @@ def test_load_from_checkpoint_with_another_part(tmp_path: Path) -> None:
         ({"vocab_size": 3, "warmup_steps": -1}, "warmup_steps must be at least 0; got -1"),
         ({"vocab_size": 3, "schedule": "linear"}, "'cosine' or 'constant'; got 'linear'"),
         ({"vocab_size": 3, "final_lr": 2.0}, "from 0 to 1; got 2.0"),
+        ({"vocab_size": 3, "optimizer": partial(torch.optim.AdamW, lr=-1.0)}, "optimizer: Invalid learning rate: -1"),
+        (
+            {"vocab_size": 3, "optimizer": partial(torch.optim.SGD, lr=0.1, weight_decay=float("nan"))},
+            "optimizer SGD: weight_decay must be a finite number; got nan",
+        ),
+        ({"vocab_size": 3, "optimizer": partial(torch.optim.SGD, rate=0.1)}, "optimizer: .*'rate'"),
         ({"vocab_size": 3, "moe": lambda **sizes: None}, "LanguageModule.moe.*cannot be written into a checkpoint"),
     ],
 )

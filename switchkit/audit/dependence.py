@@ -231,7 +231,14 @@ def padding(probe: Probe) -> Finding:
         fix = "honour `valid`: never choose a token where it is False (token_choice does that), nor sum over it"
         return Finding("padding", "fault", "; ".join(wrong), fix)
     if notes:
-        return Finding("padding", "note", "; ".join(notes), "--model.moe.capacity.eval=null makes evaluation dropless")
+        layers = probe.layers.values()
+        own = all(m.capacity.limit(size, m.num_experts, m.router.k, training=False) is None for m in layers)
+        fix = (
+            "the router sets a capacity of its own by the padded length: give it sequences of equal length, as text has"
+            if own
+            else "--model.moe.capacity.eval=null makes evaluation dropless"
+        )
+        return Finding("padding", "note", "; ".join(notes), fix)
     evidence = f"with {share} padding: what it holds changes no logit, load or loss; none is routed"
     return Finding("padding", "ok", evidence)
 

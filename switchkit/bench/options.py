@@ -11,6 +11,9 @@ from switchkit.cli.options import OptionParser, number
 
 __all__ = ["parse"]
 
+MOST_THREADS = 1024
+"""Where a machine cannot start as many, OpenMP ends the process without a word."""
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of `argv`.
@@ -21,7 +24,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse(argv)
     if options.recipe is not None and not options.with_recipe:
         raise UserError("switchkit bench: --recipe and --no-recipe contradict each other; give one of them")
+    if not options.with_seq2seq and not options.peers:
+        raise UserError("switchkit bench: --no-seq2seq leaves a part of --peers out; give --peers, or leave it out too")
     if options.distributed is not None:
+        others = {name: getattr(options, name) for name in ("shapes", "dispatchers", "memory", "peers", "compile")}
+        given = next((name for name, value in others.items() if value), None)
+        if given is not None:
+            raise UserError(f"switchkit bench: --distributed measures the training step alone: leave --{given} out")
         # A table of its own: the others are about one process.
         options.with_layer = options.with_routers = options.with_recipe = options.with_generation = False
         return options
@@ -53,7 +62,7 @@ def _parser() -> OptionParser:
     add("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 25, and for 3 seconds at least)")
     add(
         "--threads",
-        type=positive,
+        type=number(int, f"an integer from 1 to {MOST_THREADS}", lambda value: 1 <= value <= MOST_THREADS),
         metavar="N",
         help="of torch on the CPU (default: as torch finds it; 1 for each of several processes)",
     )

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from switchkit.bench.malloc import keep_memory
 from switchkit.bench.peers import check_peers
 from switchkit.bench.routers import routing
 from switchkit.bench.shapes import CPU_SHAPES, CUDA_SHAPES
+from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
+from switchkit.cli.options import json_file
 from switchkit.dispatch.base import Dispatcher
 from switchkit.registry import lookup, named
 from switchkit.report.tables import console
@@ -37,7 +38,9 @@ def run(options: argparse.Namespace, command: str) -> int:
         lookup(name, Dispatcher)
     if options.peers:
         check_peers()
-    _check_writable(options.json)
+    to_output = options.json == "-"
+    # Rather now than after minutes of measuring.
+    target = None if options.json is None or to_output else json_file(options.json)
     if options.recipe is not None:
         # Its imports take seconds, so only where there is something to check.
         from switchkit.bench import step
@@ -55,7 +58,6 @@ def run(options: argparse.Namespace, command: str) -> int:
         peers=options.peers,
         compile=options.compile,
     )
-    to_output = options.json == "-"
     out = Console(quiet=True) if to_output else console()
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with _threads(options.threads), on_device, warnings.catch_warnings():
@@ -103,12 +105,11 @@ def run(options: argparse.Namespace, command: str) -> int:
                 found["seq2seq"].append(seq2seq.measure(size, device, options.rounds))
                 _show(out, tables.seq2seq(found["seq2seq"][-1]))
         found["machine"]["load_average_after"] = machine.load_average()
-    if options.json is not None:
-        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        if to_output:
-            sys.stdout.write(text)
-        else:
-            Path(options.json).write_text(text, encoding="utf-8")
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    if to_output:
+        sys.stdout.write(text)
+    elif target is not None:
+        target.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -118,24 +119,10 @@ def _show(out: Console, what: RenderableType) -> None:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+    device = torch.device(device_of(name))
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def _check_writable(path: str | None) -> None:
-    """Rather now than after minutes of measuring."""
-    if path is None or path == "-":
-        return
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json {path}: expected a file in a folder that exists, or - for the output")
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 @contextmanager

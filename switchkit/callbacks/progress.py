@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 __all__ = ["TrainingBar"]
 
 
 class TrainingBar(ProgressBar):
-    """One rich bar over the whole training, with what matters for a sparse language model.
+    """One rich bar over the whole training, and below it what matters for a sparse language model.
 
     Training loss, validation bits per token, tokens per second (validation not counted), worst load imbalance (largest
     over mean load of any sparse layer) and share of dropped assignments. Values are read every `refresh_rate` steps,
@@ -61,7 +63,9 @@ class TrainingBar(ProgressBar):
         now = time.perf_counter()
         self._seconds += now - self._moment
         self._moment = now
-        self._shown |= {"loss": f"{float(outputs['loss']):.3f}", "tokens/s": f"{self._tokens / self._seconds:,.0f}"}
+        # Lightning has divided it among the batches of a step.
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self._shown |= {"loss": f"{loss:.3f}", "tokens/s": f"{self._tokens / self._seconds:,.0f}"}
         if outputs.get("stats") is not None and outputs["stats"]["load"].numel():
             self._shown |= _routing(outputs["stats"])
         self._update(trainer.global_step)
@@ -109,8 +113,8 @@ class TrainingBar(ProgressBar):
         if not (self._enabled and self._console.is_terminal):
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))  # fmt: skip
-        self._bar = Progress(*columns, console=self._console, transient=True)
+                   TextColumn("<"), TimeRemainingColumn())  # fmt: skip
+        self._bar = _TwoLines(*columns, console=self._console, transient=True)
         self._bar.start()
         self._bar.add_task(what, total=total, completed=done, values="")
 
@@ -123,6 +127,16 @@ class TrainingBar(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class _TwoLines(Progress):
+    """The values below the bar: beside it, the narrow terminal of every day would cut the step off."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["values"]:
+                yield Text.from_markup(task.fields["values"], overflow="ellipsis")
 
 
 def _routing(stats: dict[str, Tensor]) -> dict[str, str]:

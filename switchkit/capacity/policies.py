@@ -11,6 +11,9 @@ from switchkit.registry import register
 
 __all__ = ["Dropless", "Factor", "Fixed"]
 
+MOST = 2**31 - 1
+"""Beyond any real number of tokens, and what is computed of it stays within 64 bits."""
+
 Rounding = Literal["ceil", "floor", "round"]
 
 
@@ -53,6 +56,7 @@ class Factor(CapacityPolicy):
         for name, value in (("minimum", minimum), ("multiple", multiple)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+            _check_most(name, value)
 
     @property
     def train(self) -> float | None:
@@ -111,6 +115,7 @@ class Fixed(CapacityPolicy):
         for name, value in (("train", train), ("eval", eval)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} capacity must be at least 1, or null for dropless; got {value}")
+            _check_most(f"{name} capacity", value or 0)
         self.train, self.eval, self.order = train, eval, check_order(order)
 
     def leaks(self, k: int) -> str | None:
@@ -137,4 +142,10 @@ def _exact(name: str, factor: float | None) -> tuple[int, int] | None:
         return None
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"capacity factor {name} must be a finite number > 0, or null for dropless; got {factor}")
+    _check_most(f"capacity factor {name}", factor)
     return Fraction(str(factor)).as_integer_ratio()
+
+
+def _check_most(name: str, value: float) -> None:
+    if value > MOST:
+        raise ValueError(f"{name} must be at most {MOST}; got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,20 @@ def content_of(file: Path, path: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        # torch's own advice is to load it all the same.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {found[1]}" if found else "what torch.load refuses"
         raise ValueError(
-            f"checkpoint {path} holds more than plain data and was not loaded: {str(error).splitlines()[0]}"
+            f"checkpoint {path} holds more than plain data and was not loaded: {what}, which could run anything. "
+            "switchkit writes tensors, numbers and text alone"
         ) from error
     ours = content.get("switchkit") if isinstance(content, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in content:
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"checkpoint {path} was not written by switchkit (it holds {keys})")
+    model = ours.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
+        raise ValueError(f"checkpoint {path} does not say which model it holds: it was changed after it was written")
     if ours.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
             f"checkpoint {path} has format {ours['format_version']} of switchkit {ours.get('version')}; "

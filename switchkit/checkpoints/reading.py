@@ -11,6 +11,8 @@ from switchkit.checkpoints.content import check_classes, content_of
 from switchkit.checkpoints.folder import read_folder
 from switchkit.parallel import shards
 
+ARCHIVE = b"PK\x03\x04"
+"""How a file of torch.save begins."""
 __all__ = ["intact", "last", "read", "read_settings"]
 
 
@@ -30,6 +32,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     if (path.parent / shards.MANIFEST).is_file():
         raise ValueError(f"{path} is a part of the checkpoint {path.parent}: give that folder")
+    with path.open("rb") as file:
+        ours = file.read(len(ARCHIVE)) in (ARCHIVE, b"")
+    if not ours:
+        raise ValueError(f"{path} is no checkpoint, but a file of another kind: give the .ckpt file of a run")
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
     return content_of(path, path)
@@ -83,11 +89,22 @@ def last(root: str | os.PathLike[str]) -> Path:
             return path
     broken = f" ({len(found)} damaged)" if found else ""
     raise ValueError(
-        f"no checkpoint below {Path(root)}{broken}: start a run without --ckpt_path, "
-        "or name another folder with --trainer.default_root_dir"
+        f"no checkpoint below {Path(root)}{broken}: start a run without --ckpt_path, or name another folder with "
+        "--trainer.default_root_dir (--default_root_dir of commands that have no trainer)"
     )
 
 
 def _instead(path: Path) -> str:
-    others = [p for p in path.parent.rglob("*.ckpt") if p != path and intact(p)]
-    return f"; the newest intact one beside it is {max(others, key=lambda p: p.stat().st_mtime)}" if others else ""
+    others = sorted((p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: p.stat().st_mtime)
+    good = next(filter(_readable, reversed(others)), None)
+    return "" if good is None else f"; the newest good one beside it is {good}"
+
+
+def _readable(path: Path) -> bool:
+    if not intact(path):
+        return False
+    try:
+        read(path)
+    except ValueError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import target_of
+from switchkit.cli.options import json_file
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
 from switchkit.layers import MoELayer
@@ -88,9 +89,7 @@ def _own(argv: Sequence[str]) -> tuple[list[str], Path | None]:
         value = value if equals else next(given, "")
         if not value or value.startswith("--"):
             raise UserError("--json needs a value: --json PATH")
-        path = Path(value)
-        if not path.parent.is_dir():
-            raise UserError(f"--json {value}: there is no folder {str(path.parent)!r}: create it first")
+        path = json_file(value)
     return rest, path
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from switchkit.cli.errors import UserError
+
 __all__ = ["run"]
 
 
@@ -11,4 +13,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Hand over to `switchkit.bench`."""
     from switchkit.bench import main
 
-    return int(main(list(argv)) or 0)
+    try:
+        return int(main(list(argv)) or 0)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; of the CPU's memory there is no class
+        told = str(error).partition("\n")[0]
+        if "allocate" not in told:
+            raise
+        raise UserError(f"bench: the memory does not hold this: {told}. Take smaller --shapes") from error

@@ -24,8 +24,8 @@ def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
     An empty `option` is an argument without a name.
     """
     flag = f"--{option} " if option else ""
-    if not isinstance(given, str):
-        raise UserError(f"{flag.strip()}: expected a path or 'last', got {short(given)}")
+    if not isinstance(given, str) or not given.strip():
+        raise UserError(f"{flag.strip() or 'checkpoint'}: expected a path or 'last', got {short(given)}")
     if given == "last":
         from switchkit import checkpoints
 

@@ -75,7 +75,7 @@ def check_strategy(name: str, place: Place, where: str) -> None:
     raise UserError(
         f"{where}: to share experts out over {size} devices: --trainer.strategy expert_parallel "
         f"--trainer.strategy.expert_parallel_size {size}"
-        if size.isdecimal()
+        if size.isdecimal() and int(size) > 0
         else f"{where}: unknown strategy {name!r}{near(name, known)} Accepted: {', '.join(short)}, variants "
         "of these that Lightning has, or a class by its path"
     )

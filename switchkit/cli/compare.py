@@ -49,7 +49,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     again = f"switchkit compare {' '.join(argv)}"
     try:
         with stops_cleanly():
-            _compare(definition, budget, seeds, folder, before, asked, edits, plugins)
+            failed = _compare(definition, budget, seeds, folder, before, asked, edits, plugins)
     except (KeyboardInterrupt, SystemExit) as stop:
         if type(stop).__name__ == "Stopped":
             told = vars(stop)
@@ -58,7 +58,14 @@ def run(command: str, argv: Sequence[str]) -> int:
         return (
             130 if isinstance(stop, KeyboardInterrupt) else stop.code if isinstance(stop.code, int) else exit_code(stop)
         )
-    return 0
+    if failed:
+        named = ", ".join(f"{result.run} of seed {result.seed}" for result in failed)
+        print(
+            f"switchkit: {len(failed)} of the runs failed ({named}): {failed[0].reason}. To try one again, delete its "
+            f"folder: {folder.run(failed[0].run, failed[0].seed)}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
 
 
 def _compare(
@@ -70,7 +77,8 @@ def _compare(
     asked: Any,
     edits: Sequence[tuple[str, str]],
     plugins: Sequence[str],
-) -> None:
+) -> list[Result]:
+    """Train what is missing, show and write all; the runs that failed."""
     out = console()
     trees = {entry.name: composed(entry, edits, plugins) for entry in definition.entries}
     models = {name: model_of(name, tree) for name, tree in trees.items()}
@@ -128,6 +136,7 @@ def _compare(
                     _write(folder, trees, results, twin, definition.title, notes, plots and complete)
         results = _write(folder, trees, results, twin, definition.title, notes, plots)
     _tell(out, results, twin, folder.path)
+    return [result for result in results if not result.finished]
 
 
 def _measure(name: str, tree: Mapping[str, Any], model: Model, out: Any) -> float:
@@ -214,6 +223,7 @@ def _tell(out: Any, results: Sequence[Result], twin: str, path: Path) -> None:
 
 def _parser(command: str) -> OptionParser:
     parser = OptionParser(command, "Train several recipes alike, seed by seed, and say which differences are chance.")
+    parser.epilog = "--KEY VALUE: a setting for all runs, as in `switchkit fit`: --data.path my.txt, --plugins my_file."
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipes, or one comparison; files or names")
     whole = number(int, "a number from 1 up", lambda n: n >= 1)
     parser.add_argument("--seeds", type=whole, help="seeds 0 to N - 1 (default: the comparison's, else 3)")

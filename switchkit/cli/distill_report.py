@@ -9,8 +9,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
-from switchkit.cli.generate import device_of
 from switchkit.cli.options import OptionParser
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 

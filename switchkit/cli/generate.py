@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, number
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from switchkit.data.tokenizers import Tokenizer
     from switchkit.module import LanguageModule
 
-__all__ = ["device_of", "run"]
+__all__ = ["run"]
 
 BETWEEN = "-" * 20
 """The line between two texts."""
@@ -50,6 +51,12 @@ def run(command: str, argv: Sequence[str]) -> int:
             "tokenizer.json in the folder, or train it on data with a tokenizer (fit --init_from)"
         )
     prefix = _prefix(options, str(path), module, tokenizer)
+    if prefix is not None and options.temperature is None and (options.top_k or options.top_p):
+        given = "top_k" if options.top_k else "top_p"
+        raise UserError(
+            f"--{given}: an encoder-decoder takes the likeliest token unless --temperature is given: give both, or "
+            "neither"
+        )
     jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
     if options.prompt_file != "-":
         jobs = list(jobs)  # a mistake in the last line is told before the first text
@@ -133,6 +140,11 @@ def _write(text: str) -> None:
 
 def _check_search(options: Namespace) -> None:
     drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None]
+    if options.num_beams == 1 and options.temperature == 0 and len(drawing) > 1:
+        raise UserError(
+            f"--temperature 0 takes the likeliest token and draws nothing: leave out --{', --'.join(drawing[1:])}, or "
+            "--temperature"
+        )
     if options.num_beams > 1 and drawing:
         raise UserError(
             f"--num_beams {options.num_beams} searches and draws nothing: leave out --{', --'.join(drawing)}, or "
@@ -200,19 +212,6 @@ def _parser(command: str) -> OptionParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
     add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
     return parser
-
-
-def device_of(name: str | None) -> str:
-    """The device of ``--device``; the fastest there is for None."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
-    return name
 
 
 def _texts(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from switchkit.callbacks import WritePredictions
 from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError, first_process, one_line
-from switchkit.cli.parser import SwitchkitParser
+from switchkit.cli.parser import SwitchkitParser, rewrite
 from switchkit.cli.part_help import part_help
 from switchkit.cli.settings import compose
 from switchkit.ddp import use_for_ddp
+from switchkit.models.inputs import check_inputs
 from switchkit.module import LanguageModule
 from switchkit.origin import carried
 from switchkit.registry import full_path
@@ -173,7 +174,7 @@ class SwitchkitCLI(LightningCLI):
         try:
             with later(self._drawn_by_parts):
                 super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise _unwrapped(error) from None
         self._begin_from()
 
@@ -220,8 +221,11 @@ class SwitchkitCLI(LightningCLI):
             settings["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            raise UserError(f"trainer: {error}") from error
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+            told = str(error)
+            if "backend found" in told:
+                told += " Give --trainer.accelerator cpu, or leave it out: what is there is found"
+            raise UserError(f"trainer: {told}") from error
         strategies.end_together(trainer.strategy.launcher, tells=lambda error: one_line(error) is not None)
         return trainer
 
@@ -234,6 +238,12 @@ class SwitchkitCLI(LightningCLI):
 
             if first_process():
                 report.checkpoint_line(self.settings.ckpt_path)
+        elif self.command != "fit" and first_process():
+            print(
+                f"switchkit: no --ckpt_path was given: {self.command} runs the model with the weights that it begins "
+                "with",
+                file=sys.stderr,
+            )
         super()._run_subcommand(subcommand)
 
     def _check_data(self) -> None:
@@ -241,9 +251,13 @@ class SwitchkitCLI(LightningCLI):
 
         Raises:
             UserError: there are none.
+            ValueError: the model cannot read them.
         """
         needed = {"fit": "train", "validate": "val"}.get(self.command, self.command)
-        if self.datamodule is not None or is_overridden(f"{needed}_dataloader", self.model):
+        if self.datamodule is not None:
+            check_inputs(getattr(self.model, "net", None), self.datamodule)
+            return
+        if is_overridden(f"{needed}_dataloader", self.model):
             return
         paths = [self.settings.get(name) for name in ("ckpt_path", "init_from")]
         given = next((f", and {path} says none, as an imported one does not" for path in paths if path is not None), "")
@@ -305,9 +319,28 @@ def _quiet(command: str) -> None:
 
 def _unwrapped(error: BaseException) -> BaseException:
     """What a constructor raised, without jsonargparse's report of all members of the union that it tried."""
+    outer = error
     while error.__cause__ is not None and _module_of(error).startswith("jsonargparse."):
         error = error.__cause__
+    if isinstance(error, ImportError) or _module_of(error).startswith("jsonargparse."):
+        # Of a list it reports no cause: a package that a class needs, as TensorBoardLogger does, is found behind it.
+        missing = next((one for one in _behind(outer) if isinstance(one, ImportError)), None)
+        if missing is not None:
+            return UserError(str(missing))
+        told = rewrite(str(error)).partition(" Subclass types expect")[0]
+        return UserError(f"{told} (what is wrong with one of a list, it says where it is given alone)")
     return UserError(str(error)) if isinstance(error, MisconfigurationException) else error
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """An error, and each that it came from or was raised in the handling of."""
+    waiting, seen = [error], set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
 
 
 def _module_of(error: BaseException) -> str:

@@ -47,14 +47,16 @@ def run(command: str, argv: Sequence[str]) -> int:
     # A pipe has no width of its own; 80 columns would break the names.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for kind in asked or kinds:
-        console.print(_files(kind) if kind in _FILES else _parts(kind, foreign))
+        console.print(_files(kind) if kind in _FILES else _parts(kind, foreign, console.width >= 120))
     return 0
 
 
-def _parts(kind: str, foreign: bool) -> Table:
-    table = _table(kind, "name", "class", "what it does", "source")
+def _parts(kind: str, foreign: bool, wide: bool) -> Table:
+    # The class's name is the first to go where there is no room.
+    columns = ("name", "class", "what it does", "source") if wide else ("name", "what it does", "source")
+    table = _table(kind, *columns)
     for name, path, text in sorted(imported(kind) if foreign else written(kind)):
-        table.add_row(name, path, *_told(text))
+        table.add_row(name, *([path] if wide else []), *_told(text))
     return table
 
 
@@ -90,13 +92,13 @@ def _files(kind: str) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column in ("name", "class"))
+        table.add_column(column, no_wrap=column in ("name", "class"), overflow="fold")
     return table
 
 
 def _told(text: str) -> tuple[str, str]:
     """The first sentence of a class's docstring, and its source."""
-    return inspect.cleandoc(text).partition("\n")[0], source(text)
+    return inspect.cleandoc(text).partition("\n")[0].replace("``", "`"), source(text)
 
 
 def source(text: str) -> str:

@@ -21,7 +21,18 @@ from switchkit.cli.signatures import Parameter, Place, Signature, members, place
 from switchkit.cli.values import convert
 from switchkit.registry import full_path, resolve
 
-__all__ = ["Edit", "Source", "default_of", "edit", "is_spec", "merge", "merge_arguments", "require", "target_of"]
+__all__ = [
+    "Edit",
+    "Source",
+    "default_of",
+    "edit",
+    "is_spec",
+    "merge",
+    "merge_arguments",
+    "require",
+    "subconfig",
+    "target_of",
+]
 
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _ANY = Place((), factory=True)
@@ -137,7 +148,7 @@ def _merge_place(old: Any, new: Any, place: Place, hint: Any, key: str, source: 
         if isinstance(new, str):
             check_strategy(new, place, source.where(key))
         return new
-    if isinstance(new, str) and (loaded := _subconfig(new, source)) is not None:
+    if isinstance(new, str) and (loaded := subconfig(new, source)) is not None:
         return _merge_place(old, loaded.values, place, hint, key, loaded)
     if isinstance(new, list) and place.many:
         return [_merge_part(None, item, place, f"{key}[{number}]", source) for number, item in enumerate(new)]
@@ -187,7 +198,7 @@ def _merge_part(old: Any, new: Any, place: Place, key: str, source: Source) -> A
                 raise UserError(f"{where}: {old!r} has no setting {first!r}: set {key} to a class first")
             raise UserError(
                 f"{where}: no class is named, so {first!r} belongs to nothing: set {key}.class_path, "
-                f"or give a --config that does"
+                "or give a recipe that does before it, such as --config tiny_shakespeare"
             )
     if not _is_class(target):
         if arguments:
@@ -232,7 +243,8 @@ def _read(text: str, key: str, source: Source) -> Any:
         raise UserError(f"{source.where(key)}: {short(text)} is not valid YAML: {problem}") from error
 
 
-def _subconfig(name: str, source: Source) -> Source | None:
+def subconfig(name: str, source: Source) -> Source | None:
+    """What a part's value stands for that is the name of a file; None: it is none."""
     if not name.endswith((".yaml", ".yml", ".json")):
         return None
     path = (source.folder or Path()) / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
 
-__all__ = ["OptionParser", "new_file", "number"]
+__all__ = ["OptionParser", "json_file", "new_file", "number"]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -26,6 +27,9 @@ class OptionParser(argparse.ArgumentParser):
             UserError: an unknown option, a missing or unfit value.
         """
         found, unknown = super().parse_known_args(list(argv))
+        stray = next((word for word in unknown if not word.startswith("-")), None)
+        if stray is not None and unknown[0] == stray:
+            raise UserError(f"{self.prog}: {stray!r} belongs to no option, and is one word too many")
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             name = unknown[0].partition("=")[0]
@@ -58,9 +62,32 @@ def new_file(given: str) -> Path:
     Raises:
         UserError: it is there already, or its folder is not.
     """
+    if not given.strip():
+        raise UserError("--out needs the name of a file")
     out = Path(given).expanduser()
     if out.exists():
         raise UserError(f"--out {given} is there already: name another file, or remove it first")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {given}: there is no folder {str(out.parent)!r}: create it first")
+    _check_folder(out, f"--out {given}")
     return out
+
+
+def json_file(given: str) -> Path:
+    """The path of ``--json``, which can be written; a file of that kind that is there makes room.
+
+    Raises:
+        UserError: it is a folder or a file of another kind, or its folder is not there or not to be written in.
+    """
+    path = Path(given).expanduser()
+    if not given.strip() or path.is_dir():
+        raise UserError(f"--json {given!r} is a folder: name a file in it" if given.strip() else "--json needs a file")
+    if path.exists() and path.suffix != ".json":
+        raise UserError(f"--json {given} is there already, and is no .json file: name another")
+    _check_folder(path, f"--json {given}")
+    return path
+
+
+def _check_folder(path: Path, named: str) -> None:
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{named}: there is no folder {str(path.parent)!r}: create it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{named}: the folder {str(path.parent)!r} cannot be written in: name another")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from argparse import HelpFormatter
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["SwitchkitParser"]
+__all__ = ["SwitchkitParser", "rewrite"]
 
 # Complaints of a union that say nothing: every value that is no null, no file and no class draws them.
 _IDLE = re.compile(r"Expected a (?:<class 'NoneType'>|NoneType|path but .*|dot import path string.*)$")
@@ -21,6 +22,11 @@ class SwitchkitParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as a `UserError`: one line, no usage."""
         raise UserError(rewrite(message)) from ex
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The help, without the marks that Lightning's docstrings have for web pages."""
+        text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", super().format_help(formatter))
+        return text.replace("``", "`")
 
 
 def rewrite(message: str) -> str:

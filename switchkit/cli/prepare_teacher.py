@@ -20,7 +20,7 @@ def prepare_teacher(options: Namespace) -> int:
             "folder with `switchkit prepare` first"
         )
     from switchkit.cli.checkpoint import checkpoint_path
-    from switchkit.cli.generate import device_of
+    from switchkit.cli.devices import device_of
     from switchkit.cli.plugins import load_entry_points
 
     device = device_of(options.device)

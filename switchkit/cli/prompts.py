@@ -44,6 +44,8 @@ def check_prompts(options: Namespace) -> None:
         raise UserError("--prompt is empty: give at least one character to continue")
     if options.prompt_file not in (None, "-") and not Path(options.prompt_file).is_file():
         path = Path(options.prompt_file)
+        if path.is_dir():
+            raise UserError(f"--prompt_file {path} is a folder: name a text file in it")
         beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"--prompt_file {path}: there is no such file{near(str(path), beside)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +20,13 @@ _TRAINER: dict[str, tuple[_Fits, str]] = {
     "check_val_every_n_epoch": (lambda x: x >= 1, "a number of epochs from 1, or null"),
     "val_check_interval": (lambda x: x > 0, "a number of batches from 1, or a share of them above 0"),
     "gradient_clip_val": (lambda x: x >= 0, "a number from 0, or null"),
+    "num_sanity_val_steps": (lambda x: x >= -1, "a number of batches from 0, or -1 for all"),
+    "num_nodes": (lambda x: x >= 1, "a number of machines from 1"),
 }
 
 
-def check_ranges(tree: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer, or a seed, outside what works.
+def check_ranges(tree: Mapping[str, Any], command: str) -> None:
+    """Refuse settings of the trainer, or a seed, outside what works for a command.
 
     Raises:
         UserError: one is; it names the key, the value and what is accepted.
@@ -36,6 +39,13 @@ def check_ranges(tree: Mapping[str, Any]) -> None:
         value = _read(trainer.get(name))
         if _number(value) and not fits(value):
             raise UserError(f"trainer.{name} {value:g}: expected {accepted}")
+    least, most = trainer.get("min_steps"), trainer.get("max_steps")
+    if _number(least) and _number(most) and 0 <= most < least:
+        raise UserError(f"trainer.min_steps {least}: expected at most trainer.max_steps, which is {most}")
+    own = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+    limit = own.get(command, "limit_train_batches")
+    if _number(_read(trainer.get(limit))) and float(trainer[limit]) == 0:
+        raise UserError(f"trainer.{limit} 0: {command} would read nothing: leave it out, or give a number above 0")
     devices = trainer.get("devices")
     wrong = isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(\s*,\s*\d+)*,?", devices.strip())
     if wrong or (_number(devices) and devices != -1 and devices < 1):
@@ -43,6 +53,10 @@ def check_ranges(tree: Mapping[str, Any]) -> None:
     root = trainer.get("default_root_dir")
     if isinstance(root, str) and Path(root).expanduser().is_file():
         raise UserError(f"trainer.default_root_dir {root}: this is a file; give a folder")
+    if isinstance(root, str) and "://" not in root:
+        there = next(folder for folder in (Path(root).expanduser().absolute() / "_").parents if folder.is_dir())
+        if not os.access(there, os.W_OK):
+            raise UserError(f"trainer.default_root_dir {root}: the folder {there} cannot be written in; give another")
 
 
 def _read(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.options import OptionParser
+from switchkit.cli.options import OptionParser, json_file
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 from switchkit.registry import KINDS, named
 
@@ -36,6 +36,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--skip", nargs="+", metavar="PROPERTY", default=[], help="properties not to ask")
     parser.add_argument("--json", metavar="PATH", help="write all results to a file too")
     options = parser.parse(rest)
+    target = None if options.json is None else json_file(options.json)
     load_entry_points()
     import_plugins(plugins, "--plugins")
     # Only now, so that --help and mistyped options answer without waiting for torch.
@@ -66,8 +67,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         console.print(f"{result.property}: {result.detail}", markup=False, highlight=False, soft_wrap=True)
     total = sum(map(len, found.values()))
     console.print(f"{len(found)} parts, {total} properties asked, {len(failed)} failed", highlight=False)
-    if options.json is not None:
-        _write(Path(options.json), found)
+    if target is not None:
+        _write(target, found)
     return 1 if failed else 0
 
 

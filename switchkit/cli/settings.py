@@ -13,7 +13,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from switchkit.cli.arguments import Arguments, environment
 from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, target_of
+from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, subconfig, target_of
+from switchkit.cli.options import new_file
 from switchkit.cli.plugins import import_plugins, load_entry_points
 from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
@@ -35,6 +36,12 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         UserError, ValueError: the first thing that is wrong with it.
     """
     sources = gather(command, arguments)
+    both = [arguments.last(option) for option in ("ckpt_path", "init_from")]
+    if command == "fit" and not set(both) & {None, "null"}:
+        raise UserError(
+            f"--ckpt_path {both[0]} goes on with a run, and --init_from {both[1]} begins a new one from its weights: "
+            "give one of them"
+        )
     resumed = given_checkpoint(sources)
     # A run that goes on has its weights already: what a saved configuration says it began from is past.
     begun = given_checkpoint(sources, "init_from") if command == "fit" and resumed is None else None
@@ -132,11 +139,13 @@ def _merge_root(tree: Mapping[str, Any], source: Source, command: str) -> dict[s
     merged = dict(tree)
     for key, value in source.values.items():
         if key == "trainer":
+            if isinstance(value, str) and (loaded := subconfig(value, source)) is not None:
+                value, source = loaded.values, loaded
             signature = signature_of(Trainer)
             merged[key] = merge_arguments(tree.get(key) or {}, value, signature, "Trainer", key, source, frozenset())
         elif key in parameters:
             merged[key] = merge(tree.get(key), value, parameters[key].hint, key, source)
-        elif any(key in root_parameters(other) for other in METHODS):
+        elif not source.typed and any(key in root_parameters(other) for other in METHODS):
             continue  # a saved configuration of a sister command holds it
         else:
             _refuse(key, source, [*parameters, "trainer"], command)
@@ -147,6 +156,9 @@ def _refuse(key: str, source: Source, known: list[str], command: str) -> None:
     if key in METHODS:
         raise UserError(f"{source.where(key)}: the settings of {key} stand at the top of the file, not below {key!r}")
     trainer = signature_of(Trainer).parameters
+    sisters = [other for other in METHODS if key in root_parameters(other)]
+    if sisters:
+        raise UserError(f"{source.where(key)}: {command} has no option {key!r}; it belongs to {' and '.join(sisters)}")
     if key in trainer:
         hint = f". It belongs to the trainer: {'trainer: {' + key + ': ...}' if source.label else '--trainer.' + key}."
     else:
@@ -175,9 +187,11 @@ def _keep_tokenizer(tree: dict[str, Any], tokenizer: Any, label: str) -> None:
 
 def _check(tree: dict[str, Any], command: str) -> None:
     if not tree.get("model"):
-        known = ", ".join(recipes()) or "none found"
+        # Those in folders are for the commands that name them.
+        known = ", ".join(name for name in recipes() if "/" not in name) or "none found"
         raise UserError(
-            f"{command} needs a model: give a recipe by --config NAME (recipes: {known}), or --ckpt_path PATH"
+            f"no model is given: give a recipe by --config NAME (recipes: {known}; more: switchkit list recipes), or "
+            "--ckpt_path PATH"
         )
     if distils(tree) and not tree.get("data"):
         raise UserError(
@@ -191,7 +205,9 @@ def _check(tree: dict[str, Any], command: str) -> None:
         require(tree["data"], LightningDataModule, "data")
     for name, parameter in signature_of(Trainer).parameters.items():
         require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
-    check_ranges(tree)
+    check_ranges(tree, command)
+    if tree.get("out") is not None:
+        new_file(tree["out"])
 
 
 def _import_public() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+BATCHES = 50
+_BLIND = {"--by": "--by similarity", "--how": "--how mean or aligned"}
+"""What counts all experts alike."""
 ABOUT = {
     "prune": "Drop the experts of each sparse layer that weigh least in its output, and their rows of the router.",
     "merge": "Merge the experts of each sparse layer that the router scores alike (arXiv 2310.01334).",
@@ -26,16 +30,17 @@ ABOUT = {
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the checkpoint, and show parameters and held-out loss before and after."""
     options = parsed(_parser(command), argv)
-    if options.no_data and getattr(options, "by", None) in ("usage", "weight"):
-        raise UserError(f"--by {options.by} is measured on data: leave --no_data out, or take --by similarity")
+    _check(options)
     work = Conversion.begin(options)
 
     from switchkit.convert import shrinking
     from switchkit.convert.measuring import assumed, measure
 
+    shrinking.check_shrinks(work.module, getattr(options, "keep", getattr(options, "experts", None)))
     batches = None if options.no_data else _batches(work, options.plugins)
-    if batches is None and getattr(options, "by", None) in ("usage", "weight"):
-        raise UserError(f"{work.path} belongs to no data to measure --by {options.by} on: take --by similarity")
+    needs = _measured(options)
+    if batches is None and needs is not None:
+        raise UserError(f"{work.path} belongs to no data to measure {needs} on: take {_BLIND[needs.split()[0]]}")
     if batches is None:
         say("nothing was measured: all experts count alike")
     found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
@@ -54,6 +59,26 @@ def run(command: str, argv: Sequence[str]) -> int:
     _show(command, work, made, found, after)
     say(f"the optimizer starts afresh. Go on with: {work.go_on}")
     return 0
+
+
+def _measured(options: Namespace) -> str | None:
+    """The option whose value needs data; None: there is none."""
+    for name, values in (("by", ("usage", "weight")), ("how", ("usage", "most_used"))):
+        if getattr(options, name, None) in values:
+            return f"--{name} {getattr(options, name)}"
+    return None
+
+
+def _check(options: Namespace) -> None:
+    """Fill in the number of batches, and refuse what ``--no_data`` leaves without a meaning."""
+    if options.no_data:
+        needs = _measured(options)
+        if needs is not None:
+            raise UserError(f"{needs} is measured on data: leave --no_data out, or take {_BLIND[needs.split()[0]]}")
+        if options.batches is not None:
+            raise UserError(f"--batches {options.batches} and --no_data contradict each other; give one of them")
+    if options.batches is None:
+        options.batches = BATCHES
 
 
 def _parser(command: str) -> OptionParser:
@@ -86,7 +111,7 @@ def _parser(command: str) -> OptionParser:
             help="a mean, one weighted by usage, the most used one, or the weighted mean once hidden units are aligned "
             "(needs scipy) (default: %(default)s)",
         )
-    add("--batches", type=positive, default=50, metavar="N", help="of held-out data to measure (default: %(default)s)")
+    add("--batches", type=positive, metavar="N", help=f"of held-out data to measure (default: {BATCHES})")
     add("--no_data", action="store_true", help="measure nothing, and count all experts alike")
     return parser
 
@@ -115,5 +140,8 @@ def _show(command: str, work: Conversion, made: LanguageModule, found: Measured,
     rows = [("parameters", f"{before:,} -> {now:,} ({now / before:.1%})")]
     if after is not None:
         rows.append(("held-out loss", f"{found.loss:.4f} -> {after.loss:.4f} nats per token"))
-    rows += [(f"used {use.layer}", " ".join(f"{share:.0%}" for share in use.share.tolist())) for use in found.layers]
+        # Without data these are no measurements.
+        rows += [
+            (f"used {use.layer}", " ".join(f"{share:.0%}" for share in use.share.tolist())) for use in found.layers
+        ]
     console().print(rows_table(f"{command}: {work.path} -> {work.out}", [*rows, ("checkpoint", str(work.out))]))

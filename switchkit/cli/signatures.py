@@ -111,6 +111,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     functions = (
         [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)] if inspect.isclass(target) else [target]
     )
+    passes = False
     for function in functions:
         if function is object.__init__:
             break
@@ -121,8 +122,10 @@ def signature_of(target: Callable[..., Any]) -> Signature:
         hints = _hints(function)
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                required = parameter.default is parameter.empty
+                # What a base needs, a class with parameters of its own passes to it by itself.
+                required = parameter.default is parameter.empty and not passes
                 found.setdefault(parameter.name, Parameter(hints.get(parameter.name, Any), required))
+        passes = bool(found)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return Signature(found, open=False)
     return Signature(found, open=bool(functions) and functions[0] is not object.__init__)

@@ -12,6 +12,9 @@ from switchkit.cli.reading import Bar, bar, stops_cleanly
 
 __all__ = ["run"]
 
+MOST_IDS = 2**24
+"""Tables for many more are asked of the memory before the first text is read."""
+
 _USAGE = """usage: switchkit tokenizer train --vocab_size N [options] FILE...
 
 Learn a sub-word vocabulary from text. `switchkit tokenizer train --help` shows the options."""
@@ -64,8 +67,8 @@ def _parser(command: str) -> OptionParser:
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="UTF-8 text files, plain or .gz; - is stdin")
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
-    add("--vocab_size", type=positive, required=True, metavar="N", help="ids, special tokens and sentinels included")
+    size = number(int, f"an integer from 1 to {MOST_IDS}", lambda value: 1 <= value <= MOST_IDS)
+    add("--vocab_size", type=size, required=True, metavar="N", help="ids, special tokens and sentinels included")
     add("--out", default="tokenizer.json", metavar="FILE", help="the file to write (default: %(default)s)")
     add(
         "--kind",
@@ -75,7 +78,7 @@ def _parser(command: str) -> OptionParser:
     )
     add(
         "--sentinels",
-        type=number(int, "an integer of at least 0", lambda value: value >= 0),
+        type=number(int, f"an integer from 0 to {MOST_IDS}", lambda value: 0 <= value <= MOST_IDS),
         default=100,
         metavar="N",
         help="how many <extra_id_N> (default: %(default)s, as T5)",

@@ -30,6 +30,8 @@ def convert(value: Any, hint: Any, where: str, *, typed: bool) -> Any:
     if not _plain(hint):
         return value
     found = _NOTHING
+    if typed and value == "" and str in members(hint):
+        return value  # YAML has null there, and a variable of the shell that was never set would be a default
     if typed and isinstance(value, str):
         with suppress(yaml.YAMLError):
             found = _accept(load_yaml(value), hint, text=False)

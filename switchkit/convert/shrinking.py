@@ -18,7 +18,7 @@ from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.spec import describe
 
-__all__ = ["By", "groups_of", "kept_experts", "merge", "prune", "rescale", "to_dense"]
+__all__ = ["By", "check_shrinks", "groups_of", "kept_experts", "merge", "prune", "rescale", "to_dense"]
 
 By = Literal["usage", "weight", "similarity"]
 
@@ -203,6 +203,28 @@ def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned"
     return made
 
 
+def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str, MoELayer]:
+    """The sparse layers, if they can be left with `count` experts each, or, without a number, with one dense layer.
+
+    What is known before anything is measured; `prune`, `merge` and `to_dense` ask it themselves.
+
+    Raises:
+        ValueError: a dense model, sparse attention, a number out of range, experts of several widths.
+    """
+    layers = _layers(module)
+    if count is None:
+        return layers
+    for name, layer in layers.items():
+        if not layer.router.k <= count < layer.num_experts:
+            raise ValueError(
+                f"{count} experts cannot be left of the {layer.num_experts} of {name}: at least {layer.router.k}, "
+                f"which a token is sent to, and at most {layer.num_experts - 1}"
+            )
+    if len({layer.d_ff for layer in layers.values()}) > 1:
+        raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
+    return layers
+
+
 def _layers(module: LanguageModule) -> dict[str, MoELayer]:
     """The sparse layers, all of them in place of feed-forward layers; or a ValueError."""
     layers = moe_layers(module)
@@ -252,15 +274,7 @@ def _shrunk(
 ) -> LanguageModule:
     """The model with `count` experts in each sparse layer, the stack and the router's rows as `chosen` gives them."""
     arguments = net_arguments(module)
-    layers = _layers(module)
-    for name, layer in layers.items():
-        if not layer.router.k <= count < layer.num_experts:
-            raise ValueError(
-                f"{count} experts cannot be left of the {layer.num_experts} of {name}: at least {layer.router.k}, "
-                f"which a token is sent to, and at most {layer.num_experts - 1}"
-            )
-    if len({layer.d_ff for layer in layers.values()}) > 1:
-        raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
+    layers = check_shrinks(module, count)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for (name, layer), use in zip(layers.items(), measured.layers, strict=True):
         stack, rows = chosen(layer, use)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor
@@ -35,6 +35,9 @@ class ResumableData(L.LightningDataModule, ABC):
     Raises:
         ValueError: a value out of range.
     """
+
+    have_sources: ClassVar[bool] = False
+    """Whether batches have a `source`, which an encoder reads."""
 
     def __init__(
         self, *, batch_size: int, eval_batch_size: int, validation_prefix: int | None = None, seed: int = 0

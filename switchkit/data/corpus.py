@@ -9,7 +9,7 @@ from typing import Any
 
 from switchkit.data.base import ResumableData
 from switchkit.data.shards import ShardCorpus
-from switchkit.data.sources import Source
+from switchkit.data.sources import DataError, Source
 from switchkit.data.tokenizers import CharTokenizer, Tokenizer
 from switchkit.data.tokens import Corpus, TextTokens, Tokens
 
@@ -29,6 +29,8 @@ def open_corpus(
     The one place that decides what a path is: another kind of corpus plugs in here. `default` makes the vocabulary of a
     text where no `tokenizer` is given.
     """
+    if path is not None and not path.strip():
+        raise DataError("data.path is an empty name: name a UTF-8 text file, or null for the published text")
     if path is not None and Path(path).expanduser().is_dir():
         return ShardCorpus(path, tokenizer=tokenizer)
     return TextTokens(path, fallback=fallback, seed=seed, tokenizer=tokenizer, default=default)

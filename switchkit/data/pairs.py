@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -56,6 +56,8 @@ class PairData(ResumableData):
     Raises:
         ValueError: a value out of range, a source without a target; later, files that cannot be had, read or paired.
     """
+
+    have_sources: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -77,9 +77,13 @@ def prepare(
                 for ids in _encoded(tokenizer, text, lambda count: told(count, writer.tokens)):
                     writer.write(ids)
             # Of the decimal as it is written: the float 0.1 is a little more than a tenth.
-            index = writer.finish(
-                int(writer.tokens * (1 - Fraction(str(held_out)))), {"files": [_about(text) for text in texts]}
-            )
+            train = int(writer.tokens * (1 - Fraction(str(held_out))))
+            if not 0 < train < writer.tokens:
+                raise DataError(
+                    f"held_out {held_out} of {writer.tokens:,} tokens leaves {train:,} to train on and holds out "
+                    f"{writer.tokens - train:,}: give more text, or another share"
+                )
+            index = writer.finish(train, {"files": [_about(text) for text in texts]})
         finally:
             writer.close()
     told(0, index.tokens)

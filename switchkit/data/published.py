@@ -73,6 +73,9 @@ def find_published(files: Iterable[PublishedFile], *, own: str, generated: str) 
     return [_find(file, own, generated) for file in files]
 
 
+GZIP = b"\x1f\x8b"
+
+
 def decoded(data: bytes, what: str) -> str:
     """UTF-8 as text, without a byte order mark.
 
@@ -82,6 +85,11 @@ def decoded(data: bytes, what: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith(GZIP):
+            raise DataError(
+                f"{what} is compressed by gzip: unpack it (gunzip), or write its tokens with `switchkit prepare`, "
+                "which reads such files"
+            ) from error
         raise DataError(
             f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}); "
             "save the file as UTF-8 (iconv -t utf-8) or name another"

@@ -88,6 +88,13 @@ def check(folder: Path, *, alone: bool) -> None:
     Raises:
         ValueError: a folder without our manifest, of a later format, a missing or changed file; names the first.
     """
+    if not (folder / MANIFEST).exists() and not (folder / INDEX).exists():
+        inside = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        hint = f"; the newest below it is {inside[-1]}" if inside else ""
+        raise ValueError(
+            f"{folder} is a folder and no whole checkpoint of switchkit: its {MANIFEST} is missing. Give the .ckpt "
+            f"file of a run{hint}"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])

@@ -42,8 +42,7 @@ def opening(cli: Any) -> None:
     info = data.source_info() if hasattr(data, "source_info") else None
     if (box := fallback_box(info)) is not None:
         out.print(box)
-    steps = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
-    rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", steps)]
+    rows = [*source_rows(info), ("device", device_name(trainer.strategy.root_device)), ("training", _length(trainer))]
     rows += module.opening_rows() if hasattr(module, "opening_rows") else []
     out.print(model_table(_net(module), context_of(cli), rows))
 
@@ -143,6 +142,14 @@ def context_of(cli: Any) -> int:
     """Tokens that attention runs over: of the data's windows, sources or longest sentences; else the model's most."""
     lengths = (getattr(cli.datamodule, name, 0) for name in ("context", "inputs_length", "max_source"))
     return int(next(filter(None, lengths), 0) or getattr(_net(cli.model), "context", 1))
+
+
+def _length(trainer: Any) -> str:
+    """How long a run is."""
+    for count, one in ((trainer.max_steps, "step"), (trainer.max_epochs or 0, "epoch")):
+        if count > 0:
+            return f"{count:,} {one}{'s' * (count > 1)}"
+    return "until it is stopped"
 
 
 def _batches(trainer: Any) -> int | None:

@@ -41,7 +41,7 @@ class Router(nn.Module):
     """Why a causal model would see the future with this router; None: it would not."""
     by_position: ClassVar[bool] = False
     """True: in evaluation too it decides by a token's place in the group, not by the token."""
-    uneven: ClassVar[str | None] = None
+    uneven: str | None = None
     """Why nobody can say beforehand how many experts a token costs; None: what `rows` says, whatever the data."""
 
     def __init__(self, d_model: int, num_experts: int) -> None:

@@ -74,6 +74,8 @@ class GShard(LinearRouter):
             raise ValueError(f"threshold={threshold} does nothing unless second or eval_second is 'threshold'")
         if multiplier != 2 and second != "proportional":
             raise ValueError(f"multiplier={multiplier} does nothing with second={second!r}: use second='proportional'")
+        if eval_second == "threshold":
+            self.uneven = "gshard takes a second expert only above the threshold"
         self.second, self.threshold, self.multiplier = second, threshold, multiplier
         self.eval_second, self.normalize, self.sample = eval_second, check_normalize(normalize, 2), sample
 

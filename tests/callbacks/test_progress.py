@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,12 +14,12 @@ from small import data, module, trainer
 from switchkit.callbacks import TrainingBar
 
 
-def shown(folder: Path, terminal: bool) -> str:
+def shown(folder: Path, terminal: bool, **more: Any) -> str:
     bar = TrainingBar(refresh_rate=1)
     out = io.StringIO()
-    bar._console = Console(file=out, force_terminal=terminal, width=160, no_color=True)
+    bar._console = Console(file=out, force_terminal=terminal, width=80, no_color=True)
     source = data(folder)
-    trainer(folder, bar, steps=14, enable_progress_bar=True).fit(module(source), source)
+    trainer(folder, bar, steps=14, enable_progress_bar=True, **more).fit(module(source), source)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
 
 
@@ -32,7 +33,16 @@ def test_bar_shows_loss_bits_speed_imbalance_and_drops(tmp_path: Path) -> None:
         r"dropped \d+\.\d%",
     ):
         assert re.search(value, text), value
-    assert "14/14" in text
+    assert re.search(r"training .* 14/14 .*\d:\d\d:\d\d", text)
+    assert "…" not in text  # all of it finds room in 80 columns
+
+
+def test_the_loss_is_that_of_a_whole_batch_when_gradients_are_accumulated(tmp_path: Path) -> None:
+    def losses(**more: Any) -> list[float]:
+        return [float(found) for found in re.findall(r"loss (\d\.\d{3})", shown(tmp_path, terminal=False, **more))]
+
+    assert max(losses(accumulate_grad_batches=4)) < 2 * min(losses())
+    assert 2 * min(losses(accumulate_grad_batches=4)) > max(losses())
 
 
 def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path) -> None:

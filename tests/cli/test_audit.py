@@ -79,6 +79,14 @@ def test_devices_of_the_recipe_do_not_matter(run):
     assert run("audit", *SMALL, "--trainer.accelerator", "cuda", "--trainer.devices", "4")[0] == 0
 
 
+def test_a_router_with_a_capacity_of_its_own_is_advised_about_that(run):
+    argv = [*SMALL, "--model.moe.router", "expert_choice", "--model.moe.capacity", "dropless", "--json", "own.json"]
+    run("audit", *argv)
+    found = by_check("own.json")["padding"]
+    assert found["status"] == "note"
+    assert "the router sets a capacity of its own" in found["fix"]
+
+
 def test_help(run):
     code, out, _ = run("audit", "--help")
     assert code == 0
@@ -92,6 +100,8 @@ def test_help(run):
         ([], "--config NAME"),
         (["-c", "smal.yaml"], "smal.yaml"),
         ([*SMALL, "--json"], "--json needs a value"),
+        ([*SMALL, "--json", "."], "--json '.' is a folder"),
+        ([*SMALL, "--json", "text.txt"], "text.txt is there already, and is no .json file"),
         ([*SMALL, "--json", "no/such/found.json"], "there is no folder 'no/such'"),
         ([*SMALL, "--model.moe.router.kk", "2"], "'kk'"),
         ([*SMALL, "--ckpt_path", "no.ckpt"], "no.ckpt"),

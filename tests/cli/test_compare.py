@@ -212,8 +212,10 @@ def test_runs_of_a_seed_read_the_same_batches(small: Path) -> None:
 def test_a_run_that_fails_is_told_and_the_others_go_on(small: Path, run) -> None:
     text = COMPARISON + "  wild: {model: {init_args: {optimizer: {init_args: {lr: 1e30}}, warmup_steps: 0}}}\n"
     (small / "both.yaml").write_text(text)
-    code, out, _ = run("compare", "both.yaml", "--out", "out", "--seeds", "1", "--plugins", "ending")
-    assert code == 0
+    code, out, told = run("compare", "both.yaml", "--out", "out", "--seeds", "1", "--plugins", "ending")
+    assert code == 1
+    assert "1 of the runs failed (wild of seed 0): non-finite" in told
+    assert "To try one again, delete its folder: out/runs/wild/seed0" in told
     assert "wild, seed 0" in out
     assert "FAILED: non-finite" in out
     found = {row["run"]: row for row in rows(small / "out" / "runs.csv")}
@@ -223,7 +225,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small: Path, run) -> None
     assert "wild, seed 0, failed after" in (small / "out" / "README.md").read_text()
     assert "NonFiniteError" in (small / "out" / "runs/wild/seed0/error.txt").read_text()
     before = json.loads((small / "out" / "runs/wild/seed0/result.json").read_text())
-    assert run("compare", "both.yaml", "--out", "out", "--seeds", "1", "--plugins", "ending")[0] == 0
+    assert run("compare", "both.yaml", "--out", "out", "--seeds", "1", "--plugins", "ending")[0] == 1
     assert json.loads((small / "out" / "runs/wild/seed0/result.json").read_text()) == before
 
 

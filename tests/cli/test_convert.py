@@ -65,6 +65,9 @@ BAD = [
         "--by weight is measured on data: leave --no_data out, or take --by similarity",
     ),
     ("merge", ["--experts", "2", "--how", "sum"], "sum"),
+    ("merge", ["--experts", "2", "--no_data", "--how", "usage"], "--how usage is measured on data: leave --no_data"),
+    ("to-dense", ["--no_data", "--batches", "3"], "--batches 3 and --no_data contradict each other"),
+    ("to-dense", ["--out", ""], "--out needs the name of a file"),
     ("upcycle", [], "has 1 sparse layers already (blocks.1.mlp, ...)"),
     (
         "prune",
@@ -73,6 +76,22 @@ BAD = [
     ),
     ("to-dense", ["--out", "nowhere/made.ckpt"], "there is no folder 'nowhere'"),
 ]
+
+
+def test_what_cannot_be_made_is_told_before_anything_is_measured(taught: Path, folder: Path, run, monkeypatch) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("this takes minutes")
+
+    monkeypatch.setattr("switchkit.convert.measuring.measure", measured)
+    assert run("to-dense", str(taught), "--no_data", "--out", "dense.ckpt")[0] == 0
+    for given in (
+        ["to-dense", "dense.ckpt"],
+        ["prune", str(taught), "--keep", "9"],
+        ["merge", str(taught), "--experts", "4"],
+    ):
+        code, _, error = run(*given, "--out", "made.ckpt")
+        assert code == 2
+        assert "dense already" in error or "experts cannot be left" in error
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ SMALL = ["fit", "--config", "small.yaml"]
 
 MISTAKES = {
     # configurations
-    "no model": (["fit"], ["fit needs a model", "--config NAME"]),
+    "no model": (["fit"], ["no model is given", "--config NAME"]),
     "missing configuration": (["fit", "-c", "smal"], ["--config smal", "no such file", "Recipes:"]),
     "a folder": (["fit", "-c", "."], ["--config .", "folder"]),
     "not UTF-8": (["fit", "-c", "latin.yaml"], ["latin.yaml: not a UTF-8 text", "byte 5"]),
@@ -105,7 +106,29 @@ MISTAKES = {
     "no checkpoint": ([*SMALL, "--ckpt_path", "no.ckpt"], ["--ckpt_path no.ckpt: there is no such file"]),
     "no last checkpoint": ([*SMALL, "--ckpt_path", "last"], ["no checkpoint below runs"]),
     "a checkpoint far away": ([*SMALL, "--ckpt_path", "https://a/b.ckpt"], ["download the checkpoint first"]),
-    "a damaged checkpoint": (["validate", "--ckpt_path", "damaged.ckpt"], ["damaged.ckpt"]),
+    "a damaged checkpoint": (["validate", "--ckpt_path", "damaged.ckpt"], ["damaged.ckpt", "truncated or damaged"]),
+    "another file": (
+        ["validate", "--ckpt_path", "text.txt"],
+        ["text.txt is no checkpoint, but a file of another kind"],
+    ),
+    "a folder of a run": (
+        ["validate", "--ckpt_path", "one"],
+        ["one is a folder and no whole checkpoint", "the newest below it is one/damaged.ckpt"],
+    ),
+    "a checkpoint without a name": ([*SMALL, "--ckpt_path", ""], ["--ckpt_path: expected a path or 'last', got ''"]),
+    "two beginnings": (
+        [*SMALL, "--ckpt_path", "a.ckpt", "--init_from", "b.ckpt"],
+        ["--ckpt_path a.ckpt goes on with a run, and --init_from b.ckpt begins a new one"],
+    ),
+    # of another command
+    "predict's": (["validate", "-c", "small.yaml", "--out", "x"], ["--out: validate has no option", "to predict"]),
+    "fit's": (["test", "-c", "small.yaml", "--init_from", "x"], ["--init_from: test has no option", "to fit"]),
+    "a change of a recipe": (
+        ["fit", "-c", "routing/base"],
+        ["'moe' belongs to nothing", "give a recipe that does before it, such as --config tiny_shakespeare"],
+    ),
+    "a file as a plugin": ([*SMALL, "--plugins", "text.txt"], ["--plugins: 'text.txt' is no module", "my_file"]),
+    "no devices": ([*SMALL, "--trainer.strategy", "expert_parallel_0"], ["unknown strategy 'expert_parallel_0'"]),
 }
 
 FILES = {
@@ -120,6 +143,7 @@ FILES = {
     "plugins.yaml": b"plugins: 3\n",
     "fails.py": b"1 / 0\n",
     "damaged.ckpt": b"PK\x03\x04",
+    "one/damaged.ckpt": b"PK\x03\x04",
 }
 
 
@@ -127,6 +151,7 @@ FILES = {
 def test_one_line_that_says_what_to_write(run, name):
     argv, said = MISTAKES[name]
     for file, content in FILES.items():
+        Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(content)
     code, out, err = run(*argv)
     assert (code, out) == (2, "")
@@ -139,6 +164,22 @@ BUILDS = {
     "a value of a part": (["--model.moe.router.jitter", "3"], ["jitter must be in [0, 1); got 3.0"]),
     "a value of the model": (["--model.warmup_steps", "-1"], ["warmup_steps must be at least 0; got -1"]),
     "no text": (["--data.path", "no.txt"], ["no.txt"]),
+    "a text without a name": (["--data.path", ""], ["data.path is an empty name"]),
+    "a compressed text": (["--data.path", "text.txt.gz"], ["'text.txt.gz' is compressed by gzip: unpack it"]),
+    "a rate below 0": (["--model.optimizer.lr", "-1"], ["optimizer: Invalid learning rate: -1.0"]),
+    "no rate": (["--model.optimizer.lr", ".inf"], ["optimizer AdamW: lr must be a finite number; got inf"]),
+    "no decay": (["--model.optimizer.betas", "[0.9, 2]"], ["optimizer: Invalid beta parameter at index 1: 2.0"]),
+    "a capacity beyond counting": (
+        ["--model.moe.capacity.train", "1e30"],
+        ["train must be at most 2147483647; got 1e+30"],
+    ),
+    "sources without an encoder": (["--data", "SpanData"], ["data SpanData: its batches have a source", "TextData"]),
+    "long windows": (["--data.context", "32"], ["data.context 32 is longer than model.net.context 16"]),
+    "a package that is not there": (
+        ["--trainer.logger", "CometLogger"],
+        ["comet"],
+    ),
+    "no GPU": (["--trainer.accelerator", "tpu"], ["trainer: ", "torch_xla"]),
     "no strategy": (["--trainer.strategy", "foo"], ["--trainer.strategy: ", "'foo'", "expert_parallel"]),
     "a callback's value": (
         ["--trainer.callbacks+", "{class_path: EarlyStopping, init_args: {monitor: a, mode: foo}}"],
@@ -152,6 +193,7 @@ BUILDS = {
 @pytest.mark.parametrize("name", BUILDS)
 def test_errors_of_constructors_are_one_line_too(run, name):
     argv, said = BUILDS[name]
+    Path("text.txt.gz").write_bytes(gzip.compress(b"some text"))
     code, _, err = run(*SMALL, *argv)
     told = [line for line in err.splitlines() if line.startswith("switchkit: error: ")]
     assert code == 2
@@ -169,6 +211,14 @@ def test_errors_of_constructors_are_one_line_too(run, name):
         ("--trainer.check_val_every_n_epoch", "0", "trainer.check_val_every_n_epoch 0: expected a number of epochs"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0: expected a number of batches from 1"),
         ("--trainer.gradient_clip_val", "-1", "trainer.gradient_clip_val -1"),
+        (
+            "--trainer.num_sanity_val_steps",
+            "-3",
+            "trainer.num_sanity_val_steps -3: expected a number of batches from 0",
+        ),
+        ("--trainer.num_nodes", "0", "trainer.num_nodes 0: expected a number of machines from 1"),
+        ("--trainer.min_steps", "3", "trainer.min_steps 3: expected at most trainer.max_steps, which is 2"),
+        ("--trainer.limit_train_batches", "0", "trainer.limit_train_batches 0: fit would read nothing"),
         ("--trainer.devices", "x", "trainer.devices x: expected a number from 1"),
         ("--trainer.devices", "-2", "trainer.devices -2: expected a number from 1"),
         ("--trainer.default_root_dir", "text.txt", "trainer.default_root_dir text.txt: this is a file; give a folder"),
@@ -198,5 +248,32 @@ def test_what_is_read_is_not_written_over(folder, run):
     assert "is one of the texts" in error
     code, _, error = run("predict", "-c", "small.yaml", "--out", "text.txt")
     assert code != 0
-    assert "take the place of text.txt" in error
+    assert "--out text.txt is there already: name another file" in error
     assert (folder / "text.txt").read_bytes() == text
+
+
+@pytest.mark.parametrize(("command", "part"), [("validate", "val"), ("test", "test"), ("predict", "predict")])
+def test_an_evaluation_of_nothing_is_refused(run, command, part):
+    code, out, error = run(command, "-c", "small.yaml", f"--trainer.limit_{part}_batches", "0.0")
+    assert (code, out) == (2, "")
+    assert f"trainer.limit_{part}_batches 0: {command} would read nothing" in error
+
+
+def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
+    code, out, error = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "deep/down")
+    assert (code, out) == (2, "")
+    assert f"trainer.default_root_dir deep/down: the folder {Path.cwd()} cannot be written in" in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_weights_that_nobody_trained_are_told(run):
+    code, _, error = run("validate", "-c", "small.yaml")
+    assert code == 0
+    assert "no --ckpt_path was given: validate runs the model with the weights that it begins with" in error
+
+
+def test_a_text_for_an_encoder_decoder(run):
+    code, _, error = run("fit", "-c", "t5_span", "--data", "TextData", "--data.path", "text.txt")
+    assert code == 2
+    assert "data TextData: its batches have no source for the encoder of model.net: take SpanData" in error

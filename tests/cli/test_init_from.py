@@ -118,9 +118,10 @@ def test_a_module_of_ones_own_may_bring_its_data(run):
 
 def test_a_run_that_goes_on_keeps_its_own_weights(first):
     """The saved configuration of a fine-tuning run still says where it began; resuming does not go back there."""
-    found = compose("fit", read_arguments(["-c", "small.yaml", "--init_from", str(first), "--ckpt_path", str(first)]))
-    assert found["ckpt_path"] == str(first)
-    cli = build(["-c", "small.yaml", "--init_from", "gone.ckpt", "--ckpt_path", str(first)])
+    Path("saved.yaml").write_text(Path("small.yaml").read_text() + "init_from: gone.ckpt\n")
+    argv = ["-c", "saved.yaml", "--ckpt_path", str(first)]
+    assert compose("fit", read_arguments(argv))["ckpt_path"] == str(first)
+    cli = build(argv)
     torch.manual_seed(1)
     assert not torch.equal(cli.model.net.blocks[0].mlp.up.weight, weights(first)["net.blocks.0.mlp.up.weight"])
 

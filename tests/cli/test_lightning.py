@@ -227,6 +227,10 @@ def test_generate(runs, run):
         (["--tempratur", "1"], "unknown option '--tempratur'. Did you mean '--temperature'?"),
         (["--ckpt_path", "no.ckpt"], "no.ckpt"),
         (["--device", "tpu9"], "--device tpu9"),
+        (["--device", "meta"], "--device meta: expected cpu"),
+        (["--device", ""], "--device '': there is no such kind of device"),
+        (["--temperature", "0", "--top_k", "5"], "--temperature 0 takes the likeliest token and draws nothing"),
+        (["more", "words"], "'more' belongs to no option"),
     ],
 )
 def test_mistakes_of_generate(run, argv, said):

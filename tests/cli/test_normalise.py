@@ -157,3 +157,26 @@ def test_naming_a_strategy_anew_forgets_the_settings_of_the_one_before():
 def test_a_text_without_settings_says_so():
     with pytest.raises(UserError, match="'auto' has no setting 'expert_parallel_size': set strategy to a class"):
         strategy("auto", (".expert_parallel_size", "2"))
+
+
+class Needs:
+    def __init__(self, root: str, *, deep: bool) -> None: ...
+
+
+class Passes(Needs):
+    """As TensorBoardLogger: what its base needs it makes of its own parameters."""
+
+    def __init__(self, save_dir: str, **more: object) -> None: ...
+
+
+class Wraps(Needs):
+    def __init__(self, *arguments: object, **more: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("cls", "needs"), [(Needs, ["root", "deep"]), (Passes, ["save_dir"]), (Wraps, ["root", "deep"])]
+)
+def test_what_a_class_needs(cls, needs):
+    found = signature_of(cls).parameters
+    assert [name for name, parameter in found.items() if parameter.required] == needs
+    assert {"root", "deep"} <= found.keys()

@@ -176,7 +176,7 @@ def test_a_recipe_without_a_model(run):
     Path("none.yaml").write_text("trainer: {max_steps: 1}")
     code, _, err = run("plan", "--config", "none.yaml")
     assert code == 2
-    assert "needs a model: give a recipe by --config NAME" in err
+    assert "no model is given: give a recipe by --config NAME" in err
 
 
 def test_help_is_quick_and_whole(run):

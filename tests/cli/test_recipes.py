@@ -93,4 +93,4 @@ def test_list_says_that_a_fragment_trains_nothing_by_itself(run):
     assert all("A fragment over another recipe" in line for line in lines)
     code, _, error = run("fit", "--config", "multi_device")
     assert code == 2
-    assert "fit needs a model" in error
+    assert "no model is given" in error

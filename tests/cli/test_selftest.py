@@ -63,3 +63,14 @@ def test_an_unknown_part_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["selftest", "--help"]) == 0
     assert "KIND/NAME" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_tests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights.ckpt").touch()
+    for name, said in (("", "is a folder"), ("weights.ckpt", "is no .json file"), ("no/a.json", "there is no folder")):
+        assert main(["selftest", "factor", "--json", str(tmp_path / name)]) == 2
+        out, told = capsys.readouterr()
+        assert out == ""
+        assert said in told

@@ -48,7 +48,7 @@ def test_help(run):
         (["trian"], "unknown action 'trian'. Did you mean 'train'?"),
         (["train", "text.txt"], "the following arguments are required: --vocab_size"),
         (["train", "--vocab_size", "300", "text.txt"], "--vocab_size 300 is too small"),
-        (["train", "--vocab_size", "many", "text.txt"], "expected an integer of at least 1, got 'many'"),
+        (["train", "--vocab_size", "many", "text.txt"], "expected an integer from 1 to 16777216, got 'many'"),
         (["train", "--vocab_size", "500", "--kind", "words", "text.txt"], "--kind: invalid choice: 'words'"),
         (["train", "--vocab_size", "500", "gone.txt"], "there is no file gone.txt"),
         (["train", "--vocab_size", "500", "latin.txt"], "latin.txt is not UTF-8: byte 0xe9 at offset 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -125,6 +126,10 @@ def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
         halves = [half[:, :, order] for half in stack.w1[:3].chunk(stack.w1.shape[-1] // F, dim=-1)]
         stack.w1[3:], stack.w2[3:] = torch.cat(halves, -1), stack.w2[:3][:, order]
     found = measured(module)
+    (use,) = found.layers
+    # Which of two alike a token was sent to, the rounding of their logits decides: say that it was the first.
+    load = torch.cat([use.load[:3] + use.load[3:], torch.zeros_like(use.load[3:])])
+    found = replace(found, layers=(replace(use, load=load),))
     made = merge(module, 3, found)
     assert change(module, made).logits > 1e-3
     assert rescale(made, found, measured(made))

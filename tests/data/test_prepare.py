@@ -84,6 +84,15 @@ def test_the_share_held_out(tmp_path: Path, file: str, held_out: float) -> None:
     assert 0 <= held_out * index.tokens - (index.tokens - index.train_tokens) + 1 <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("held_out", [1e-9, 0.9999])
+def test_a_text_too_short_for_the_share_is_refused(tmp_path: Path, held_out: float) -> None:
+    (tmp_path / "short").write_text("a" if held_out < 0.5 else "abc")
+    before = left(tmp_path)
+    with pytest.raises(DataError, match=rf"held_out {held_out} of \d tokens leaves 0 to train on"):
+        prepare(tmp_path / "out", [TextFile(str(tmp_path / "short"))], ByteTokenizer(), held_out=held_out)
+    assert left(tmp_path) == before
+
+
 def test_between_texts_is_the_end_of_one_where_there_is_one(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_text(name * 2)

@@ -225,7 +225,7 @@ def test_a_kill_at_any_point_leaves_one_whole_checkpoint(
     """The save breaks off before each of its steps; what is found afterwards is all old or all new."""
 
     def content(step: int) -> dict[str, Any]:
-        ours = {"format_version": 1, "model": {}}
+        ours = {"format_version": 1, "model": {"class_path": "a.Model"}}
         return {"state_dict": {"x": torch.full((3,), step)}, "global_step": step, "switchkit": ours}
 
     target = tmp_path / "last.ckpt"

@@ -17,8 +17,9 @@ from equal import MOE, Case, Loader, alone, as_rank, whole, worst
 from lightning.pytorch.strategies import StrategyRegistry
 
 import switchkit.parallel
-from switchkit import Balance, Factor
+from switchkit import Balance, Dropless, ExpertChoice, Factor, MoELayer, TopK
 from switchkit.parallel import ExpertParallelStrategy
+from switchkit.sharding import warn_of_batches
 from switchkit.strategies import ExpertParallelStrategy as Same
 
 TWO = partial(ExpertParallelStrategy, expert_parallel_size=2)
@@ -80,6 +81,22 @@ def test_all_start_from_the_first_and_gradients_travel_once_a_step() -> None:
         assert found["local"]["net.blocks.0.mlp.experts.w1"] == [4, 16, 24]
         assert found["local"]["net.blocks.0.attention.qkv.weight"] == [24, 16]
     assert any("group='batch' counts capacity over the batch of each device" in line for line in first["told"])
+
+
+@pytest.mark.parametrize(
+    ("router", "capacity", "warns"),
+    [(TopK, Dropless, False), (TopK, Factor, True), (ExpertChoice, Dropless, True)],
+)
+def test_who_is_dropped_may_depend_on_the_devices(router: type, capacity: type, warns: bool) -> None:
+    """Experts that choose among the tokens of a batch choose others on each device, whatever the policy says."""
+    layer = MoELayer(8, 4, d_ff=16, router=router, capacity=capacity, group="batch")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_batches(layer, 2)
+        assert bool(told) == warns
+        told.clear()
+        warn_of_batches(layer, 1)
+        assert not told
 
 
 def half(rank: int, world: int, case: Case, precision: str) -> list[dict[str, float]]:

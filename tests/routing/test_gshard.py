@@ -90,3 +90,9 @@ def test_bad_options_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         GShard(**{"d_model": D, "num_experts": E, **options})
     assert says in str(caught.value)
+
+
+def test_only_a_second_choice_that_depends_on_the_token_in_evaluation_is_uneven() -> None:
+    """A dense twin is of what evaluation costs."""
+    assert GShard(8, 4).uneven is None
+    assert "only above the threshold" in str(GShard(8, 4, eval_second="threshold").uneven)

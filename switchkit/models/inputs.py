@@ -1,0 +1,39 @@
+"""Whether a model can read some data, found before the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from switchkit.models.decoder import Decoder
+from switchkit.models.encoder_decoder import EncoderDecoder
+
+__all__ = ["check_inputs"]
+
+
+def check_inputs(net: Any, data: Any) -> None:
+    """Refuse data whose batches a `Decoder` or `EncoderDecoder` cannot read; of other models and data nothing is known.
+
+    Args:
+        net: the model.
+        data: a data module, which says whether its batches `have_sources`, and of a text's windows the `context`.
+
+    Raises:
+        ValueError: sources without an encoder, an encoder without sources, windows longer than the decoder's context.
+    """
+    sources, name = getattr(data, "have_sources", None), type(data).__name__
+    if isinstance(net, Decoder) and sources is True:
+        raise ValueError(
+            f"data {name}: its batches have a source for an encoder, and model.net is a Decoder: take TextData, or "
+            "EncoderDecoder as model.net"
+        )
+    if isinstance(net, EncoderDecoder) and sources is False:
+        raise ValueError(
+            f"data {name}: its batches have no source for the encoder of model.net: take SpanData or PairData, or "
+            "Decoder as model.net"
+        )
+    windows = getattr(data, "context", None)
+    if isinstance(net, Decoder) and isinstance(windows, int) and windows > net.context:
+        raise ValueError(
+            f"data.context {windows} is longer than model.net.context {net.context}: set data.context to "
+            f"{net.context} at most, or build the model for {windows} tokens"
+        )
