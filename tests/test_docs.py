@@ -6,8 +6,10 @@ import importlib.util
 import inspect
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shapes import PACKAGE, unchecked
@@ -17,6 +19,11 @@ from switchkit.registry import _all
 from switchkit.testing import check_router
 
 DOCS = PACKAGE.parent / "docs"
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python in a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
 
 
 def test_generated_pages_are_current() -> None:
@@ -47,8 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
-    """The two blocks of Python in the tutorial, as files: the router, in 30 lines, and its test."""
-    router, test = re.findall(r"```python\n(.*?)```", (DOCS / "your_own_router.md").read_text("utf-8"), re.DOTALL)
+    """The first two blocks of Python in the tutorial, as files: the router, in 30 lines, and its test."""
+    router, test, _ = blocks(DOCS / "your_own_router.md")
     assert router.count("\n") <= 30
     for name, text in (("my_top_p", router), ("tutorial_test", test)):
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
@@ -56,9 +63,43 @@ def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
         importlib.import_module("tutorial_test").test_top_p()
 
 
+def test_the_tutorials_experts_that_choose_pass_the_checks(folder: Path) -> None:
+    (folder / "my_expert_share.py").write_text(blocks(DOCS / "your_own_router.md")[2], encoding="utf-8")
+    with unchecked():
+        check_router(importlib.import_module("my_expert_share").ExpertShare)
+
+
+# Lightning's advice on runs of a few steps.
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|was configured so|the number of training batches)")
+def test_the_run_in_python_trains_and_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, more = blocks(DOCS / "training.md")
+    for told, short in (("max_steps=300", "max_steps=4"), ("val_check_interval=150", "val_check_interval=2")):
+        assert told in run
+        run = run.replace(told, short)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(folder))
+    names: dict[str, Any] = {}
+    exec(run, names)
+    assert "nats per token; the fullest expert has" in capsys.readouterr().out
+    assert names["trainer"].global_step == 4
+    parts = {"callbacks": names["defaults"](), "plugins": [names["AtomicCheckpointIO"]()], "logger": False}
+    names["trainer"] = names["L"].Trainer(max_steps=6, default_root_dir=folder, **parts)
+    exec(more, names)
+    assert names["trainer"].global_step == 6
+
+
+def test_a_layer_of_ours_in_a_model_that_is_not() -> None:
+    pytest.importorskip("transformers")
+    names: dict[str, Any] = {}
+    exec(blocks(DOCS / "bring_your_own_checkpoint.md")[1], names)
+    (routing,) = names["routings"]
+    assert routing.load.sum() == 2 * 2 * 16
+    assert names["layer"].router.weight.grad.norm() > 0
+
+
 def test_the_router_of_the_readme_passes_the_checks(folder: Path) -> None:
-    text = (PACKAGE.parent / "README.md").read_text("utf-8")
-    (router,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
+    (router,) = [block for block in blocks(PACKAGE.parent / "README.md") if "@register" in block]
     (folder / "readme_router.py").write_text(router, encoding="utf-8")
     with unchecked():
         check_router(importlib.import_module("readme_router").Threshold)

@@ -178,6 +178,17 @@ class SwitchkitCLI(LightningCLI):
             raise _unwrapped(error) from None
         self._begin_from()
 
+    def _set_seed(self) -> None:
+        """With Lightning's line about it only where a run begins."""
+        told = logging.getLogger("lightning.fabric.utilities.seed")
+        before = told.level
+        if not self.execute:
+            told.setLevel(logging.WARNING)
+        try:
+            super()._set_seed()
+        finally:
+            told.setLevel(before)
+
     @property
     def _drawn_by_parts(self) -> bool:
         """Whether each process gets its parts of the model only; not if weights are loaded before the Trainer runs."""
@@ -312,6 +323,8 @@ def _quiet(command: str) -> None:
         lambda record: not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available"))
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # Rows are logged by optimizer steps, over the ends of epochs.
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     if command != "fit":
         # Saving is nothing that a test run does.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")

@@ -66,7 +66,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     for result in failed:
         console.print(f"{result.property}: {result.detail}", markup=False, highlight=False, soft_wrap=True)
     total = sum(map(len, found.values()))
-    console.print(f"{len(found)} parts, {total} properties asked, {len(failed)} failed", highlight=False)
+    parts_told = "1 part" if len(found) == 1 else f"{len(found)} parts"
+    skipped = sum(result.status == "skipped" for results in found.values() for result in results)
+    without = f"; {skipped} could not be asked, --json says why" if skipped else ""
+    console.print(f"{parts_told}, {total} properties, {len(failed)} failed{without}", highlight=False)
     if target is not None:
         _write(target, found)
     return 1 if failed else 0
