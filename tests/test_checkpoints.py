@@ -142,7 +142,7 @@ class Evil:
 def test_a_file_runs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Evil()}, path)
-    with pytest.raises(ValueError, match="holds more than plain data.*an object of [a-z_]+.exec, which") as told:
+    with pytest.raises(ValueError, match="holds more than plain data.*an object of ([a-z_]+[.])?exec, which") as told:
         checkpoints.read(path)
     assert "weights_only" not in str(told.value)  # torch's advice: to load it all the same
     assert "test_checkpoints_evil" not in sys.modules

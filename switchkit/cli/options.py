@@ -56,8 +56,8 @@ def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
     return read
 
 
-def new_file(given: str) -> Path:
-    """The path of ``--out``, whose folder is there and which is not.
+def new_file(given: str, *, makes_folder: bool = False) -> Path:
+    """The path of ``--out``, which is not there yet, while its folder is, unless whoever writes it `makes_folder`.
 
     Raises:
         UserError: it is there already, or its folder is not.
@@ -65,9 +65,12 @@ def new_file(given: str) -> Path:
     if not given.strip():
         raise UserError("--out needs the name of a file")
     out = Path(given).expanduser()
+    if out.is_dir():
+        raise UserError(f"--out {given} is a folder: name a file in it")
     if out.exists():
         raise UserError(f"--out {given} is there already: name another file, or remove it first")
-    _check_folder(out, f"--out {given}")
+    if not makes_folder:
+        _check_folder(out, f"--out {given}")
     return out
 
 

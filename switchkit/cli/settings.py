@@ -207,7 +207,7 @@ def _check(tree: dict[str, Any], command: str) -> None:
         require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
     check_ranges(tree, command)
     if tree.get("out") is not None:
-        new_file(tree["out"])
+        new_file(tree["out"], makes_folder=True)
 
 
 def _import_public() -> None:

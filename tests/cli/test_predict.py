@@ -42,7 +42,10 @@ def test_results_below_the_run_folder_or_where_out_says(run):
     assert Path("new/mine.jsonl").read_text() == path.read_text()
     code, _, err = run("predict", *last, "--out", "new")
     assert code == 2
-    assert "predictions cannot be written to new, which is a folder" in err.splitlines()[-1]
+    assert "--out new is a folder: name a file in it" in err
+    code, _, err = run("predict", *last, "--out", "new/mine.jsonl")
+    assert code == 2
+    assert "--out new/mine.jsonl is there already: name another file" in err
 
 
 def test_a_writer_of_ones_own_takes_the_place_of_ours(run):
