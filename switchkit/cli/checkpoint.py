@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def checkpoint_path(given: Any, root: str, option: str = "ckpt_path") -> Path:
     if given == "last":
         from switchkit import checkpoints
 
-        return Path(checkpoints.last(Path(root)))
+        return Path(checkpoints.last(Path(root).expanduser()))
     if "://" in given:
         raise UserError(f"{flag}{given}: download the checkpoint first; only local files are loaded")
     path = Path(given).expanduser()
@@ -70,4 +71,4 @@ def root_dir(sources: Sequence[Source]) -> str:
         trainer = source.values.get("trainer")
         if isinstance(trainer, Mapping) and trainer.get("default_root_dir"):
             found = str(trainer["default_root_dir"])
-    return found
+    return os.path.expanduser(found)

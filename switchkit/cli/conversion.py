@@ -45,7 +45,7 @@ class Conversion:
 
         path = Path(options.checkpoint).expanduser()
         if options.checkpoint == "last":
-            path = checkpoints.last(Path(options.default_root_dir))
+            path = checkpoints.last(Path(options.default_root_dir).expanduser())
         if (path / "config.json").is_file():
             raise UserError(
                 f"{path} is a folder of Hugging Face's: make a checkpoint of it first, with switchkit import-hf {path} "

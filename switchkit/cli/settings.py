@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -69,6 +70,10 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         tree["ckpt_path"] = str(resumed)
     elif begun is not None:
         tree["init_from"] = str(begun)
+    root = (tree.get("trainer") or {}).get("default_root_dir")
+    if isinstance(root, str):
+        # The Trainer reads ~ in it, and not whoever else is told.
+        tree["trainer"]["default_root_dir"] = os.path.expanduser(root)
     # Lightning's own default would run what the file says.
     if tree.get("weights_only") is None:
         tree["weights_only"] = True

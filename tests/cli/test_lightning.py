@@ -243,3 +243,16 @@ def test_mistakes_of_generate(run, argv, said):
 def test_generate_names_the_missing_option(run):
     assert "--prompt" in run("generate", "--ckpt_path", "x.ckpt")[2]
     assert main(["generate", "--prompt", "a"]) == 2
+
+
+def test_a_run_folder_at_home(run, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    assert run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "~/runs")[0] == 0
+    assert {path.name for path in (folder / "home/runs/version_0").iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+    }
+    assert not Path("~").exists()
+    code, _, error = run("validate", "-c", "small.yaml", "--ckpt_path", "last", "--trainer.default_root_dir", "~/runs")
+    assert code == 0, error
