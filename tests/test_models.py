@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from properties import EXACT
 
-from switchkit import Balance, Decoder, Factor, Linear, MoELayer, RouterZ, Switch, TopK, every, last
+from switchkit import Balance, Decoder, EncoderDecoder, Factor, Linear, MoELayer, RouterZ, Switch, TopK, every, last
 from switchkit.attention import Attention, LatentAttention
 from switchkit.layers import FeedForward
 from switchkit.models import Cache, Output, sparse_layers
+from switchkit.models.inputs import check_inputs
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
 TIGHT = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, 0.5, 0.5))
@@ -306,3 +309,16 @@ def test_keys_of_the_state_are_frozen() -> None:
     parts = ("q_down", "q_norm", "q_up", "kv_down", "kv_norm", "kv_up", "out")
     own = {f"blocks.0.attention.{part}.weight" for part in parts}
     assert {key for key in latent if ".attention." in key} == own
+
+
+@pytest.mark.parametrize(("says", "fits"), [(True, (False, True)), (False, (True, False)), (None, (True, True))])
+def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bool]) -> None:
+    """Those of a user's own that say nothing are left alone."""
+    data = SimpleNamespace(have_sources=says)
+    own = Decoder(5, d_model=8, num_heads=2, num_layers=1, d_ff=8, sparse=[], context=4)
+    for net, fit in zip((own, EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[])), fits, strict=True):
+        with nullcontext() if fit else pytest.raises(ValueError, match="have (a|no) source"):
+            check_inputs(net, data)
+    check_inputs(own, SimpleNamespace(context=4))
+    with pytest.raises(ValueError, match="data.context 5 is longer than model.net.context 4"):
+        check_inputs(own, SimpleNamespace(context=5))

@@ -36,8 +36,8 @@ class ResumableData(L.LightningDataModule, ABC):
         ValueError: a value out of range.
     """
 
-    have_sources: ClassVar[bool] = False
-    """Whether batches have a `source`, which an encoder reads."""
+    have_sources: ClassVar[bool | None] = None
+    """Whether batches have a `source`, which an encoder reads; None: nobody says, and the first batch shows."""
 
     def __init__(
         self, *, batch_size: int, eval_batch_size: int, validation_prefix: int | None = None, seed: int = 0

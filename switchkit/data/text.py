@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from switchkit.data.base import require_positive
 from switchkit.data.corpus import CorpusData
@@ -37,6 +37,8 @@ class TextData(CorpusData):
     Raises:
         ValueError: a value out of range; later, a text that cannot be had, encoded or is too short.
     """
+
+    have_sources: ClassVar[bool] = False
 
     def __init__(
         self,

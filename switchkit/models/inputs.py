@@ -15,7 +15,7 @@ def check_inputs(net: Any, data: Any) -> None:
 
     Args:
         net: the model.
-        data: a data module, which says whether its batches `have_sources`, and of a text's windows the `context`.
+        data: a data module, which may say whether its batches `have_sources`, and of a text's windows the `context`.
 
     Raises:
         ValueError: sources without an encoder, an encoder without sources, windows longer than the decoder's context.
