@@ -98,9 +98,9 @@ class LanguageModule(L.LightningModule):
             to a round number).
 
     Raises:
-        ValueError: neither a tokenizer nor vocab_size, fewer symbols than the tokenizer has, values out of range, those
-            of the optimizer included, or a part that a checkpoint could not describe (a lambda, a local class). Before
-            a run begins: data that the model cannot read.
+        ValueError: neither a tokenizer nor vocab_size, fewer symbols than the tokenizer has, values out of range, or a
+            part that a checkpoint could not describe (a lambda, a local class). When a run begins: options that the
+            optimizer refuses, data that the model cannot read.
     """
 
     def __init__(
@@ -157,7 +157,6 @@ class LanguageModule(L.LightningModule):
         self.optimizer: OptimizerFactory = optimizer or partial(
             torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
         )
-        check_optimizer(self.optimizer)
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
         self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
         experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
@@ -173,6 +172,8 @@ class LanguageModule(L.LightningModule):
         self._counts: tuple[Tensor, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_optimizer(self.optimizer)
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
         # What a run left behind that broke off in the middle of a step belongs to no other.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -314,11 +313,12 @@ def test_keys_of_the_state_are_frozen() -> None:
 @pytest.mark.parametrize(("says", "fits"), [(True, (False, True)), (False, (True, False)), (None, (True, True))])
 def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bool]) -> None:
     """Those of a user's own that say nothing are left alone."""
-    data = SimpleNamespace(have_sources=says)
+    data = type("Data", (), {} if says is None else {"have_sources": says, "context": 4})()
     own = Decoder(5, d_model=8, num_heads=2, num_layers=1, d_ff=8, sparse=[], context=4)
     for net, fit in zip((own, EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[])), fits, strict=True):
         with nullcontext() if fit else pytest.raises(ValueError, match="have (a|no) source"):
             check_inputs(net, data)
-    check_inputs(own, SimpleNamespace(context=4))
     with pytest.raises(ValueError, match="data.context 5 is longer than model.net.context 4"):
-        check_inputs(own, SimpleNamespace(context=5))
+        check_inputs(own, type("Text", (), {"have_sources": False, "context": 5})())
+    # A subclass may make other batches.
+    check_inputs(own, type("Mine", (type("Text", (), {"have_sources": True}),), {"context": 5})())

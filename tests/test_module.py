@@ -17,7 +17,7 @@ from small import MOE, NET, TOP2, data, module, trainer, weights
 from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK
 from switchkit.callbacks import SaveLast
 from switchkit.module import NonFiniteError
-from switchkit.optim import decay_groups, learning_rate
+from switchkit.optim import check_optimizer, decay_groups, learning_rate
 from switchkit.sampling import sample
 from switchkit.step import Seen
 
@@ -65,6 +65,38 @@ def test_a_cosine_needs_a_last_step(tmp_path: Path) -> None:
     loop.fit(module(source, schedule="constant"), source)
     assert loop.global_step > 0
     assert loop.optimizers[0].param_groups[0]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        (partial(torch.optim.AdamW, lr=-1.0), "optimizer: Invalid learning rate: -1"),
+        (
+            partial(torch.optim.SGD, lr=0.1, weight_decay=float("nan")),
+            "optimizer SGD: weight_decay must be a finite number; got nan",
+        ),
+        (partial(torch.optim.SGD, rate=0.1), "optimizer: .*'rate'"),
+    ],
+)
+def test_options_that_the_optimizer_refuses(tmp_path: Path, optimizer: Any, text: str) -> None:
+    """When a run begins, and not where a model is loaded to generate."""
+    source = data(tmp_path)
+    model = module(source, optimizer=optimizer)
+    with pytest.raises(ValueError, match=text):
+        trainer(tmp_path, steps=1).fit(model, source)
+
+
+def test_an_optimizer_that_cannot_be_built_yet_is_left_to_the_run() -> None:
+    def needs(error: Exception) -> Any:
+        def factory(params: Any) -> Any:
+            raise error
+
+        return factory
+
+    check_optimizer(needs(RuntimeError("FusedAdam requires cuda extensions")))
+    check_optimizer(needs(ValueError("Default process group has not been initialized")))
+    with pytest.raises(ValueError, match="optimizer: no"):
+        check_optimizer(needs(ValueError("no")))
 
 
 def test_padding_is_in_no_loss(tmp_path: Path) -> None:
@@ -199,12 +231,6 @@ def test_load_from_checkpoint_with_another_part(tmp_path: Path) -> None:
         ({"vocab_size": 3, "warmup_steps": -1}, "warmup_steps must be at least 0; got -1"),
         ({"vocab_size": 3, "schedule": "linear"}, "'cosine' or 'constant'; got 'linear'"),
         ({"vocab_size": 3, "final_lr": 2.0}, "from 0 to 1; got 2.0"),
-        ({"vocab_size": 3, "optimizer": partial(torch.optim.AdamW, lr=-1.0)}, "optimizer: Invalid learning rate: -1"),
-        (
-            {"vocab_size": 3, "optimizer": partial(torch.optim.SGD, lr=0.1, weight_decay=float("nan"))},
-            "optimizer SGD: weight_decay must be a finite number; got nan",
-        ),
-        ({"vocab_size": 3, "optimizer": partial(torch.optim.SGD, rate=0.1)}, "optimizer: .*'rate'"),
         ({"vocab_size": 3, "moe": lambda **sizes: None}, "LanguageModule.moe.*cannot be written into a checkpoint"),
     ],
 )

@@ -29,10 +29,12 @@ from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.parser import SwitchkitParser, rewrite
 from switchkit.cli.part_help import part_help
+from switchkit.cli.ranges import check_run
 from switchkit.cli.settings import compose
 from switchkit.ddp import use_for_ddp
 from switchkit.models.inputs import check_inputs
 from switchkit.module import LanguageModule
+from switchkit.optim import check_optimizer
 from switchkit.origin import carried
 from switchkit.registry import full_path
 from switchkit.start import later
@@ -69,6 +71,8 @@ class SwitchkitCLI(LightningCLI):
         # Merged before Lightning builds its parsers, so that a mistake is told at once.
         asks_help = self.arguments.help or self.arguments.part_help is not None
         self._tree: dict[str, Any] = {} if asks_help else compose(command, self.arguments)
+        if execute and not asks_help and self.arguments.print_config is None:
+            check_run(self._tree, command)
         super().__init__(
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"default_root_dir": "runs"},
@@ -244,6 +248,8 @@ class SwitchkitCLI(LightningCLI):
         if not self.execute:
             return
         self._check_data()
+        if subcommand == "fit" and isinstance(self.model, LanguageModule):
+            check_optimizer(self.model.optimizer)
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
@@ -336,12 +342,12 @@ def _unwrapped(error: BaseException) -> BaseException:
     while error.__cause__ is not None and _module_of(error).startswith("jsonargparse."):
         error = error.__cause__
     if isinstance(error, ImportError) or _module_of(error).startswith("jsonargparse."):
-        # Of a list it reports no cause: a package that a class needs, as TensorBoardLogger does, is found behind it.
+        # A package that a class needs, as TensorBoardLogger does. Of a list jsonargparse keeps no cause.
         missing = next((one for one in _behind(outer) if isinstance(one, ImportError)), None)
         if missing is not None:
             return UserError(str(missing))
         told = rewrite(str(error)).partition(" Subclass types expect")[0]
-        return UserError(f"{told} (what is wrong with one of a list, it says where it is given alone)")
+        return UserError(f"{told}: a class there cannot be built. Give each of the list alone to see why")
     return UserError(str(error)) if isinstance(error, MisconfigurationException) else error
 
 

@@ -83,7 +83,7 @@ def json_file(given: str) -> Path:
     path = Path(given).expanduser()
     if not given.strip() or path.is_dir():
         raise UserError(f"--json {given!r} is a folder: name a file in it" if given.strip() else "--json needs a file")
-    if path.is_file() and path.suffix != ".json" and not given.startswith("/dev/"):
+    if path.is_file() and path.suffix.lower() != ".json" and not given.startswith("/dev/"):
         raise UserError(f"--json {given} is there already, and is no .json file: name another")
     _check_folder(path, f"--json {given}")
     return path

@@ -48,11 +48,11 @@ def import_plugins(names: Iterable[str], where: str = "plugins") -> None:
         try:
             importlib.import_module(module)
         except Exception as error:
-            if not all(part.isidentifier() for part in module.split(".")) or Path(name).is_file():
+            missing = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+            if missing and not name.endswith(".py") and Path(name).is_file():
                 raise UserError(
                     f"{where}: {name!r} is no module: give the name of one, such as my_file for my_file.py"
                 ) from error
-            missing = isinstance(error, ModuleNotFoundError) and error.name == module
             reason = (
                 f"there is no such module in the working directory {os.getcwd()}, beside a given recipe or installed"
                 if missing

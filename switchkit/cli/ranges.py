@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["check_ranges"]
+__all__ = ["check_ranges", "check_run"]
 
 SEEDS = 2**32
 _Fits = Callable[[Any], bool]
@@ -25,8 +25,8 @@ _TRAINER: dict[str, tuple[_Fits, str]] = {
 }
 
 
-def check_ranges(tree: Mapping[str, Any], command: str) -> None:
-    """Refuse settings of the trainer, or a seed, outside what works for a command.
+def check_ranges(tree: Mapping[str, Any]) -> None:
+    """Refuse settings of the trainer, or a seed, outside what works.
 
     Raises:
         UserError: one is; it names the key, the value and what is accepted.
@@ -42,10 +42,6 @@ def check_ranges(tree: Mapping[str, Any], command: str) -> None:
     least, most = trainer.get("min_steps"), trainer.get("max_steps")
     if _number(least) and _number(most) and 0 <= most < least:
         raise UserError(f"trainer.min_steps {least}: expected at most trainer.max_steps, which is {most}")
-    own = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
-    limit = own.get(command, "limit_train_batches")
-    if _number(_read(trainer.get(limit))) and float(trainer[limit]) == 0:
-        raise UserError(f"trainer.{limit} 0: {command} would read nothing: leave it out, or give a number above 0")
     devices = trainer.get("devices")
     wrong = isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(\s*,\s*\d+)*,?", devices.strip())
     if wrong or (_number(devices) and devices != -1 and devices < 1):
@@ -53,8 +49,25 @@ def check_ranges(tree: Mapping[str, Any], command: str) -> None:
     root = trainer.get("default_root_dir")
     if isinstance(root, str) and Path(root).expanduser().is_file():
         raise UserError(f"trainer.default_root_dir {root}: this is a file; give a folder")
+
+
+def check_run(tree: Mapping[str, Any], command: str) -> None:
+    """Refuse a run that would read nothing, or has no place to write to.
+
+    Raises:
+        UserError: it names the key, the value and what is accepted.
+    """
+    trainer = tree.get("trainer") or {}
+    if trainer.get("fast_dev_run"):
+        return  # which has limits of its own, and writes nothing
+    own = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+    limit = own.get(command, "limit_train_batches")
+    steps = trainer.get("max_steps")
+    if _number(_read(trainer.get(limit))) and float(trainer[limit]) == 0 and steps != 0:
+        raise UserError(f"trainer.{limit} 0: {command} would read nothing: leave it out, or give a number above 0")
+    root = trainer.get("default_root_dir", "runs")
     if isinstance(root, str) and "://" not in root:
-        there = next(folder for folder in (Path(root).expanduser().absolute() / "_").parents if folder.is_dir())
+        there = next(folder for folder in (Path(root).absolute() / "_").parents if folder.is_dir())
         if not os.access(there, os.W_OK):
             raise UserError(f"trainer.default_root_dir {root}: the folder {there} cannot be written in; give another")
 

@@ -38,7 +38,7 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
     """
     sources = gather(command, arguments)
     both = [arguments.last(option) for option in ("ckpt_path", "init_from")]
-    if command == "fit" and not set(both) & {None, "null"}:
+    if command == "fit" and not set(both) & {None, "null", ""}:
         raise UserError(
             f"--ckpt_path {both[0]} goes on with a run, and --init_from {both[1]} begins a new one from its weights: "
             "give one of them"
@@ -144,10 +144,10 @@ def _merge_root(tree: Mapping[str, Any], source: Source, command: str) -> dict[s
     merged = dict(tree)
     for key, value in source.values.items():
         if key == "trainer":
-            if isinstance(value, str) and (loaded := subconfig(value, source)) is not None:
-                value, source = loaded.values, loaded
+            inner = subconfig(value, source) if isinstance(value, str) else None
+            value, where = (value, source) if inner is None else (inner.values, inner)
             signature = signature_of(Trainer)
-            merged[key] = merge_arguments(tree.get(key) or {}, value, signature, "Trainer", key, source, frozenset())
+            merged[key] = merge_arguments(tree.get(key) or {}, value, signature, "Trainer", key, where, frozenset())
         elif key in parameters:
             merged[key] = merge(tree.get(key), value, parameters[key].hint, key, source)
         elif not source.typed and any(key in root_parameters(other) for other in METHODS):
@@ -210,7 +210,7 @@ def _check(tree: dict[str, Any], command: str) -> None:
         require(tree["data"], LightningDataModule, "data")
     for name, parameter in signature_of(Trainer).parameters.items():
         require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
-    check_ranges(tree, command)
+    check_ranges(tree)
     if tree.get("out") is not None:
         new_file(tree["out"], makes_folder=True)
 

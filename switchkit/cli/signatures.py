@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import collections.abc
 import dataclasses
 import enum
 import inspect
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -111,7 +113,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     functions = (
         [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)] if inspect.isclass(target) else [target]
     )
-    passes = False
+    passed: set[str] = set()
     for function in functions:
         if function is object.__init__:
             break
@@ -122,13 +124,23 @@ def signature_of(target: Callable[..., Any]) -> Signature:
         hints = _hints(function)
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                # What a base needs, a class with parameters of its own passes to it by itself.
-                required = parameter.default is parameter.empty and not passes
+                required = parameter.default is parameter.empty and parameter.name not in passed
                 found.setdefault(parameter.name, Parameter(hints.get(parameter.name, Any), required))
-        passes = bool(found)
+        passed |= _passed(function)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return Signature(found, open=False)
     return Signature(found, open=bool(functions) and functions[0] is not object.__init__)
+
+
+def _passed(constructor: Callable[..., Any]) -> set[str]:
+    """What a constructor gives its base by name, as TensorBoardLogger gives ``root_dir=save_dir``."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    ours = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "__init__")
+    return {keyword.arg for call in ours for keyword in call.keywords if keyword.arg is not None}
 
 
 def _is_list(hint: Any) -> bool:

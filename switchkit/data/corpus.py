@@ -29,7 +29,7 @@ def open_corpus(
     The one place that decides what a path is: another kind of corpus plugs in here. `default` makes the vocabulary of a
     text where no `tokenizer` is given.
     """
-    if path is not None and not path.strip():
+    if path is not None and not str(path).strip():
         raise DataError("data.path is an empty name: name a UTF-8 text file, or null for the published text")
     if path is not None and Path(path).expanduser().is_dir():
         return ShardCorpus(path, tokenizer=tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +58,6 @@ class StreamData(ResumableData):
         ValueError: a value out of range, neither path nor hub or both, no such file, no held-out files, or `datasets`
             is not installed; later, a text that cannot be read or encoded.
     """
-
-    have_sources: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -15,12 +15,15 @@ def check_inputs(net: Any, data: Any) -> None:
 
     Args:
         net: the model.
-        data: a data module, which may say whether its batches `have_sources`, and of a text's windows the `context`.
+        data: a data module, whose very class may say whether its batches `have_sources`. A subclass, which may make
+            others of them, and any that says nothing are left alone.
 
     Raises:
         ValueError: sources without an encoder, an encoder without sources, windows longer than the decoder's context.
     """
-    sources, name = getattr(data, "have_sources", None), type(data).__name__
+    sources, name = vars(type(data)).get("have_sources"), type(data).__name__
+    if sources is None:
+        return
     if isinstance(net, Decoder) and sources is True:
         raise ValueError(
             f"data {name}: its batches have a source for an encoder, and model.net is a Decoder: take TextData, or "

@@ -97,6 +97,10 @@ MISTAKES = {
         [*SMALL, "--plugins", "fails"],
         ["cannot import 'fails': ZeroDivisionError: division by zero (fails.py, line 1)"],
     ),
+    "a plugin's file that fails": (
+        [*SMALL, "--plugins", "fails.py"],
+        ["cannot import 'fails.py': ZeroDivisionError: division by zero (fails.py, line 1)"],
+    ),
     "nameless plugin": ([*SMALL, "--plugins"], ["--plugins needs the name"]),
     "plugins as a number": (
         [*SMALL, "-c", "plugins.yaml"],
@@ -264,6 +268,7 @@ def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
     code, out, error = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "deep/down")
     assert (code, out) == (2, "")
     assert f"trainer.default_root_dir deep/down: the folder {Path.cwd()} cannot be written in" in error
+    assert run("describe", "-c", "small.yaml", "--trainer.limit_train_batches", "0")[0] == 0  # which does neither
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

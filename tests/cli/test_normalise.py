@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.normalise import Source, edit, merge
+from switchkit.cli.settings import merge_all
 from switchkit.cli.signatures import signature_of
 from switchkit.layers import MoEFactory, RouterFactory
 from switchkit.losses.base import LossFactory
@@ -166,7 +167,8 @@ class Needs:
 class Passes(Needs):
     """As TensorBoardLogger: what its base needs it makes of its own parameters."""
 
-    def __init__(self, save_dir: str, **more: object) -> None: ...
+    def __init__(self, save_dir: str, **more: object) -> None:
+        super().__init__(root=save_dir, **more)
 
 
 class Wraps(Needs):
@@ -174,9 +176,20 @@ class Wraps(Needs):
 
 
 @pytest.mark.parametrize(
-    ("cls", "needs"), [(Needs, ["root", "deep"]), (Passes, ["save_dir"]), (Wraps, ["root", "deep"])]
+    ("cls", "needs"), [(Needs, ["root", "deep"]), (Passes, ["save_dir", "deep"]), (Wraps, ["root", "deep"])]
 )
 def test_what_a_class_needs(cls, needs):
     found = signature_of(cls).parameters
     assert [name for name, parameter in found.items() if parameter.required] == needs
     assert {"root", "deep"} <= found.keys()
+
+
+def test_a_file_for_the_trainer_holds_for_the_trainer_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/t.yaml").write_text("max_steps: 3\n")
+    (tmp_path / "data.yaml").write_text("class_path: TextData\n")
+    values = {"trainer": "sub/t.yaml", "data": "data.yaml"}
+    found = merge_all([Source(values, "split.yaml", tmp_path)], "fit")
+    assert found["trainer"] == {"max_steps": 3}
+    assert found["data"]["class_path"].endswith("TextData")

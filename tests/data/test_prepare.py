@@ -72,7 +72,7 @@ def test_the_tokens_are_those_of_the_whole_text(
 def test_a_folder_of_characters_is_what_text_data_makes_of_the_file(tmp_path: Path, file: str) -> None:
     texts = [TextFile(file)]
     prepare(tmp_path / "out", texts, characters_of(texts))
-    plain, mapped = TextData(file), TextData(str(tmp_path / "out"))
+    plain, mapped = TextData(Path(file)), TextData(str(tmp_path / "out"))
     assert mapped.tokenizer == plain.tokenizer
     assert torch.equal(mapped.train_tokens[:], plain.train_tokens[:])
     assert torch.equal(mapped.held_out_tokens[:], plain.held_out_tokens[:])
