@@ -28,10 +28,9 @@ def check_optimizer(factory: OptimizerFactory) -> None:
     Raises:
         ValueError: the optimizer's own complaint, or a learning rate or decay that is no finite number.
     """
-    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))]}, {"params": [nn.Parameter(torch.zeros(2))]}]
-    groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
     try:
-        made = factory(groups)  # type: ignore[arg-type]
+        made = factory([{"params": [matrix]}, {"params": [vector], "weight_decay": 0.0}])
     except (ValueError, TypeError) as error:
         if "process group" in str(error):
             return
