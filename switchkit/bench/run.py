@@ -105,11 +105,12 @@ def run(options: argparse.Namespace, command: str) -> int:
                 found["seq2seq"].append(seq2seq.measure(size, device, options.rounds))
                 _show(out, tables.seq2seq(found["seq2seq"][-1]))
         found["machine"]["load_average_after"] = machine.load_average()
-    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-    if to_output:
-        sys.stdout.write(text)
-    elif target is not None:
-        target.write_text(text, encoding="utf-8")
+    if options.json is not None:
+        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+        if target is None:
+            sys.stdout.write(text)
+        else:
+            target.write_text(text, encoding="utf-8")
     return 0
 
 

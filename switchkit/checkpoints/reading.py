@@ -11,9 +11,10 @@ from switchkit.checkpoints.content import check_classes, content_of
 from switchkit.checkpoints.folder import read_folder
 from switchkit.parallel import shards
 
+__all__ = ["intact", "last", "read", "read_settings"]
+
 ARCHIVE = b"PK\x03\x04"
 """How a file of torch.save begins."""
-__all__ = ["intact", "last", "read", "read_settings"]
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if (path.parent / shards.MANIFEST).is_file():
         raise ValueError(f"{path} is a part of the checkpoint {path.parent}: give that folder")
     with path.open("rb") as file:
-        ours = file.read(len(ARCHIVE)) in (ARCHIVE, b"")
-    if not ours:
+        begins = file.read(len(ARCHIVE))
+    if begins not in (ARCHIVE, b""):
         raise ValueError(f"{path} is no checkpoint, but a file of another kind: give the .ckpt file of a run")
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,4 +70,4 @@ def root_dir(sources: Sequence[Source]) -> str:
         trainer = source.values.get("trainer")
         if isinstance(trainer, Mapping) and trainer.get("default_root_dir"):
             found = str(trainer["default_root_dir"])
-    return os.path.expanduser(found)
+    return found

@@ -27,9 +27,8 @@ class OptionParser(argparse.ArgumentParser):
             UserError: an unknown option, a missing or unfit value.
         """
         found, unknown = super().parse_known_args(list(argv))
-        stray = next((word for word in unknown if not word.startswith("-")), None)
-        if stray is not None and unknown[0] == stray:
-            raise UserError(f"{self.prog}: {stray!r} belongs to no option, and is one word too many")
+        if unknown and not unknown[0].startswith("-"):
+            raise UserError(f"{self.prog}: {unknown[0]!r} belongs to no option, and is one word too many")
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             name = unknown[0].partition("=")[0]
@@ -81,8 +80,10 @@ def json_file(given: str) -> Path:
         UserError: it is a folder or a file of another kind, or its folder is not there or not to be written in.
     """
     path = Path(given).expanduser()
-    if not given.strip() or path.is_dir():
-        raise UserError(f"--json {given!r} is a folder: name a file in it" if given.strip() else "--json needs a file")
+    if not given.strip():
+        raise UserError("--json needs a file")
+    if path.is_dir():
+        raise UserError(f"--json {given!r} is a folder: name a file in it")
     if path.is_file() and path.suffix.lower() != ".json" and not given.startswith("/dev/"):
         raise UserError(f"--json {given} is there already, and is no .json file: name another")
     _check_folder(path, f"--json {given}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 BATCHES = 50
-_BLIND = {"--by": "--by similarity", "--how": "--how mean or aligned"}
-"""What counts all experts alike."""
+_MEASURED = {"by": (("usage", "weight"), "similarity"), "how": (("usage", "most_used"), "mean or aligned")}
+"""Option -> its values that need data, and those that count all experts alike."""
 ABOUT = {
     "prune": "Drop the experts of each sparse layer that weigh least in its output, and their rows of the router.",
     "merge": "Merge the experts of each sparse layer that the router scores alike (arXiv 2310.01334).",
@@ -38,10 +38,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     shrinking.check_shrinks(work.module, getattr(options, "keep", getattr(options, "experts", None)))
     batches = None if options.no_data else _batches(work, options.plugins)
-    needs = _measured(options)
-    if batches is None and needs is not None:
-        raise UserError(f"{work.path} belongs to no data to measure {needs} on: take {_BLIND[needs.split()[0]]}")
     if batches is None:
+        for given, instead in _measured(options):
+            raise UserError(f"{work.path} belongs to no data to measure {given} on: take {instead}")
         say("nothing was measured: all experts count alike")
     found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
     if command == "prune":
@@ -61,20 +60,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _measured(options: Namespace) -> str | None:
-    """The option whose value needs data; None: there is none."""
-    for name, values in (("by", ("usage", "weight")), ("how", ("usage", "most_used"))):
+def _measured(options: Namespace) -> Iterator[tuple[str, str]]:
+    """The options whose values need data, and what to take without."""
+    for name, (values, instead) in _MEASURED.items():
         if getattr(options, name, None) in values:
-            return f"--{name} {getattr(options, name)}"
-    return None
+            yield f"--{name} {getattr(options, name)}", f"--{name} {instead}"
 
 
 def _check(options: Namespace) -> None:
     """Fill in the number of batches, and refuse what ``--no_data`` leaves without a meaning."""
     if options.no_data:
-        needs = _measured(options)
-        if needs is not None:
-            raise UserError(f"{needs} is measured on data: leave --no_data out, or take {_BLIND[needs.split()[0]]}")
+        for given, instead in _measured(options):
+            raise UserError(f"{given} is measured on data: leave --no_data out, or take {instead}")
         if options.batches is not None:
             raise UserError(f"--batches {options.batches} and --no_data contradict each other; give one of them")
     if options.batches is None:

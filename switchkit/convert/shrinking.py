@@ -167,7 +167,7 @@ def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned"
         ImportError: "aligned" without SciPy.
     """
     arguments = net_arguments(module)
-    layers = _layers(module)
+    layers = check_shrinks(module)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     widths: dict[str, int] = {}
     kinds: set[tuple[Any, bool]] = set()
@@ -211,7 +211,14 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
     Raises:
         ValueError: a dense model, sparse attention, a number out of range, experts of several widths.
     """
-    layers = _layers(module)
+    layers = moe_layers(module)
+    if not layers:
+        raise ValueError("the model is dense already: it has no experts to prune, merge or replace")
+    for name in layers:
+        if not name.endswith(".mlp"):
+            raise ValueError(
+                f"{name} is sparse attention, whose experts this cannot take out: only feed-forward layers"
+            )
     if count is None:
         return layers
     for name, layer in layers.items():
@@ -222,19 +229,6 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
             )
     if len({layer.d_ff for layer in layers.values()}) > 1:
         raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
-    return layers
-
-
-def _layers(module: LanguageModule) -> dict[str, MoELayer]:
-    """The sparse layers, all of them in place of feed-forward layers; or a ValueError."""
-    layers = moe_layers(module)
-    if not layers:
-        raise ValueError("the model is dense already: it has no experts to prune, merge or replace")
-    for name in layers:
-        if not name.endswith(".mlp"):
-            raise ValueError(
-                f"{name} is sparse attention, whose experts this cannot take out: only feed-forward layers"
-            )
     return layers
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchkit.data.published import DataError, NotAtHand, PublishedFile, decoded, find_published, sha256_of
+from switchkit.data.published import GZIP, DataError, NotAtHand, PublishedFile, decoded, find_published, sha256_of
 from switchkit.data.toy_languages import TOY_LANGUAGES, toy_languages
 
 __all__ = ["MULTI30K", "PARTS", "PairFiles", "Parallel", "find_parallel", "read_parallel"]
@@ -193,7 +193,7 @@ def _read(path: str, option: str) -> bytes:
 
 
 def _lines(data: bytes, what: str) -> list[str]:
-    if data.startswith(b"\x1f\x8b"):  # gzip, whatever the name says
+    if data.startswith(GZIP):  # gzip, whatever the name says
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:

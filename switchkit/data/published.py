@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DataError", "FoundFile", "NotAtHand", "PublishedFile", "decoded", "find_published", "sha256_of"]
+__all__ = ["GZIP", "DataError", "FoundFile", "NotAtHand", "PublishedFile", "decoded", "find_published", "sha256_of"]
 
+GZIP = b"\x1f\x8b"
+"""How a file begins that gzip wrote."""
 _TIMEOUT = 5.0  # seconds, to connect and for each read
 _CHUNK = 1 << 16
 
@@ -71,9 +73,6 @@ def find_published(files: Iterable[PublishedFile], *, own: str, generated: str) 
         DataError: a file in the folder is there and wrong, or cannot be read.
     """
     return [_find(file, own, generated) for file in files]
-
-
-GZIP = b"\x1f\x8b"
 
 
 def decoded(data: bytes, what: str) -> str:
