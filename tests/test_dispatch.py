@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import properties
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from properties import Case, run
 
-from switchkit import Dispatcher, Dropless, Padded, Routing, Sorted, named
+from switchkit import Dispatcher, Dropless, Experts, Padded, Routing, Sorted, named
+from switchkit.dispatch import filling
 
 
 def routed(case: Case) -> tuple[torch.Tensor, Routing]:
@@ -38,6 +42,89 @@ def test_sorted_rows_stand_expert_by_expert(case: Case) -> None:
     assert rows.sizes == tuple(rows.load.tolist())
     assert sorted(rows.row.flatten().tolist()) == list(range(len(rows.x)))
     assert torch.equal(rows.row.flatten()[rows.source], torch.arange(len(rows.x)))
+
+
+@pytest.fixture
+def filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, and loads as small and uneven as those of tests filled up too."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(filling, "MOST", ((100, 100.0),))
+
+
+@pytest.mark.usefixtures("filled_up")
+@pytest.mark.parametrize("case", [Case(k=2), Case(router="switch"), Case(k=3, capacity="dropless")], ids=str)
+def test_loads_of_neighbours_are_filled_up_with_zeros(case: Case) -> None:
+    x, routing = routed(replace(case, num_experts=6))
+    rows = Sorted().dispatch(x, routing)
+    kept = torch.bincount(routing.expert[routing.kept], minlength=6).tolist()
+    assert rows.sizes == tuple(rows.load.tolist()) == (max(kept[:4]),) * 4 + (max(kept[4:]),) * 2 != tuple(kept)
+    parts = rows.x.split([*rows.sizes, len(rows.x) - sum(rows.sizes)])
+    for e, part in enumerate(parts[:-1]):
+        assert part[: kept[e]].tolist() == rows_of(x, routing, e)
+        assert (part[kept[e] :] == 0).all()
+    assert len(parts[-1]) == routing.kept.numel() - sum(kept), "what was not kept comes after all loads"
+    flat = rows.row.flatten()
+    assert len(flat.unique()) == flat.numel()
+    assert torch.equal(rows.source[flat], torch.arange(flat.numel()))
+
+
+FILLED = [
+    *(Case(k=k, capacity=capacity) for k in (1, 2) for capacity in ("dropless", "factor")),
+    Case(k=2, group="batch"),
+    Case(k=2, dropped="input"),
+    Case(router="expert_choice", capacity="factor"),
+    Case(router="relu", k=2, capacity="dropless"),
+    *(Case(k=2, experts=name) for name in named(Experts)),
+    Case(k=1, expert_options=(("activation", "gelu"), ("bias", True))),
+]
+
+
+@pytest.mark.usefixtures("filled_up")
+@pytest.mark.parametrize("case", FILLED, ids=str)
+def test_filling_up_changes_no_output_and_no_gradient(case: Case) -> None:
+    properties.dispatchers_agree(replace(case, num_experts=5))
+
+
+@given(st.lists(st.integers(0, 2000), min_size=1, max_size=70).map(tuple), st.integers(1, 9))
+def test_loads_are_filled_up_where_it_is_worth_it(sizes: tuple[int, ...], threads: int) -> None:
+    """Never lowered, never by more than the share that is worth it at that size, and alike among neighbours."""
+    filled = filling.evened(sizes, threads)
+    if filled is None:
+        return
+    mean = sum(sizes) / len(sizes)
+    assert threads > 1
+    assert all(new >= old for new, old in zip(filled, sizes, strict=True))
+    assert mean < 768
+    assert sum(sizes) < sum(filled) <= (1.3 if mean < 96 else 1.15) * sum(sizes)
+    runs = [filled[first : first + 2 * threads] for first in range(0, len(filled), 2 * threads)]
+    assert all(len(set(run)) == 1 for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "threads", "expected"),
+    [
+        ((60, 64, 50, 64, 40, 44), 2, (64, 64, 64, 64, 44, 44)),
+        ((60, 64, 50, 64, 40, 44), 1, None),  # one thread has nobody to share with
+        ((64, 64, 64, 64), 2, None),  # even as they are
+        ((20, 90, 20, 90), 2, None),  # too uneven
+        ((500, 530, 520, 490), 2, (530,) * 4),
+        ((400, 660, 520, 490), 2, None),
+        ((1000, 1001, 1000, 1001), 2, None),  # large products are shared well
+        ((64,), 2, None),
+        ((0, 0, 0), 2, None),
+    ],
+)
+def test_what_loads_are_filled_up_to(sizes: tuple[int, ...], threads: int, expected: tuple[int, ...] | None) -> None:
+    assert filling.evened(sizes, threads) == expected
+
+
+def test_half_precision_is_not_filled_up() -> None:
+    torch.set_num_threads(2)
+    x, routing = routed(Case(router="round_robin", capacity="dropless", num_experts=3, shape=(1, 8)))
+    assert Sorted().dispatch(x.float(), routing).sizes == (3, 3, 3)
+    assert Sorted().dispatch(x.bfloat16(), routing).sizes == (3, 3, 2)
+    with torch.autocast("cpu"):
+        assert Sorted().dispatch(x.float(), routing).sizes == (3, 3, 2)
 
 
 @pytest.mark.parametrize("case", [Case(k=2), Case(router="switch"), Case(k=3, capacity="dropless")], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import groupby
 
 import beartype
 import jaxtyping
@@ -18,7 +19,7 @@ from switchkit.experts import grouped
 
 # The one file that the import hook leaves out, see shapes.py.
 grouped_linear = jaxtyping.jaxtyped(grouped.grouped_linear, typechecker=beartype.beartype)
-LOADS = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (2, 2, 2, 2), (1, 0, 0, 0)]
+LOADS = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (2, 2, 2, 2), (1, 0, 0, 0), (0, 0, 4, 4), (3, 3, 3, 1)]
 PATHS = {
     "loop, float64": (torch.float64, True, 1e-12),
     "loop, float32": (torch.float32, True, 1e-6),
@@ -74,7 +75,8 @@ def test_grouped_linear_is_an_einsum(
     wanted = {"x": x, "weight": weight, **({} if b is None else {"bias": b})}
     found, right_ones = (oracle.gradients((out * probe).sum(), **wanted) for out in (y, expected))
     oracle.assert_same({"y": y, **found}, {"y": expected, **right_ones}, tolerance)
-    assert bool(grouped_calls) == (dtype == torch.float32 and "loop" not in path and sum(load) >= 4)
+    in_runs = len(list(groupby(load))) <= 2
+    assert bool(grouped_calls) == (dtype == torch.float32 and "loop" not in path and sum(load) >= 4 and not in_runs)
 
 
 @pytest.mark.parametrize("load", LOADS, ids=str)

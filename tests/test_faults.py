@@ -425,9 +425,9 @@ def dropped_tokens_pass_through(patch: pytest.MonkeyPatch) -> None:
 @fault(properties.dispatchers_agree, TOP2)
 def second_choice_loses_its_gradient(patch: pytest.MonkeyPatch) -> None:
     # Right outputs, wrong gradient of the tokens: only gradients show it.
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (row,) = ctx.saved_tensors
-        return grad.index_select(0, row.view(-1, ctx.k)[:, 0]).view(ctx.size), None, None, None
+        return grad.index_select(0, row.view(-1, ctx.k)[:, 0]).view(ctx.size), None, None, None, None
 
     patch.setattr(switchkit.dispatch.sorted._Take, "backward", staticmethod(backward))
 

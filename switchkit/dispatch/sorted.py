@@ -20,6 +20,7 @@ from switchkit.dispatch.base import (
     sum_choices,
     unmix_slots,
 )
+from switchkit.dispatch.filling import evened, filling, shifts
 from switchkit.kernels.usable import usable
 from switchkit.records import Routing, Rows
 from switchkit.registry import register
@@ -32,7 +33,9 @@ class Sorted(Dispatcher):
     """The default: rows of expert 0, then of expert 1, ..., with what was not kept at the end.
 
     The number of rows is the number of assignments, whatever the data, so nothing waits for the device. On a CPU the
-    loads are read as integers too, for experts that loop over them.
+    loads are read as integers too, for experts that loop over them; and where several threads would share each of many
+    small products, loads of neighbours that differ by little are filled up to the largest with rows of zeros, which
+    count as load: such neighbours are one batched product, in which the threads share the experts.
 
     Source: the "permute" of arXiv 2211.15841 (MegaBlocks); one sort by (group, expert) serves slots and rows alike.
     """
@@ -42,7 +45,7 @@ class Sorted(Dispatcher):
             return mix_slots(tokens, routing)
         slot, kept, _ = placed(routing)
         load = kept_load(routing)
-        sizes = None
+        sizes = zeros = None
         if usable(tokens):
             from switchkit.kernels.order import arrange
 
@@ -51,12 +54,17 @@ class Sorted(Dispatcher):
             per_expert = load.sum(0)
             known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
             sizes = tuple(per_expert.tolist()) if known else None
-            row, source = _arranged(routing, slot, kept, load, sizes)
+            filled = None if sizes is None or not _full_products(tokens) else evened(sizes, torch.get_num_threads())
+            row, source = _arranged(routing, slot, kept, load, sizes, filled)
+            if sizes is not None and filled is not None:
+                zeros = torch.tensor(filling(sizes, filled))
+                sizes, per_expert = filled, torch.tensor(filled)
         if routing.k is None:
             rows = tokens.flatten(0, 1).index_select(0, flat_tokens(routing).flatten().index_select(0, source))
+            rows = rows if zeros is None else rows.index_fill(0, zeros, 0)
         else:
             take = _Take.apply if torch.is_grad_enabled() else _take
-            rows = take(tokens, row, source, routing.k)
+            rows = take(tokens, row, source, routing.k, zeros)
         return Rows(x=rows, load=per_expert, sizes=sizes, row=row, source=source)
 
     def combine(self, out: Float[Tensor, "*layout D"], rows: Rows, routing: Routing) -> Float[Tensor, "G S D"]:
@@ -68,7 +76,7 @@ class Sorted(Dispatcher):
         # The kernel takes weights as the router made them; plain products, those in the dtype of the rows.
         by_kernel = routing.k is not None and usable(out)
         weight = routing.weight if by_kernel else routing.weight.to(out.dtype)
-        if not _nothing_dropped(rows.sizes, rows.row):
+        if not _nothing_dropped(rows.sizes, len(rows.source)):
             weight = weight.masked_fill(~kept, 0)
         if routing.k is None:
             back = out.index_select(0, rows.row.flatten())
@@ -79,27 +87,41 @@ class Sorted(Dispatcher):
         return y
 
 
+def _full_products(tokens: Tensor) -> bool:
+    """Whether experts will compute in float32 or float64: batched products in half precision may be slow on a CPU."""
+    return tokens.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+
+
 def _arranged(
-    routing: Routing, slot: Int[Tensor, "G N"], kept: Tensor, load: Int[Tensor, "G E"], sizes: tuple[int, ...] | None
+    routing: Routing,
+    slot: Int[Tensor, "G N"],
+    kept: Tensor,
+    load: Int[Tensor, "G E"],
+    sizes: tuple[int, ...] | None,
+    filled: tuple[int, ...] | None,
 ) -> tuple[Int[Tensor, "G N"], Int[Tensor, "R"]]:
-    """Where each assignment goes, and which one each row comes from."""
-    if routing.expert.numel() == 1:
+    """Where each assignment goes, and which one each row comes from; 0 for rows that fill up."""
+    n = routing.expert.numel()
+    if n == 1:
         # Decoding one token: one row.
         row = torch.zeros_like(routing.expert)
         return row, row.flatten()
-    row = starts(load).gather(1, routing.expert) + slot
-    if not _nothing_dropped(sizes, row):
+    first, extra = starts(load), 0
+    if sizes is not None and filled is not None:
+        first, extra = first + torch.tensor(shifts(sizes, filled)), sum(filled) - sum(sizes)
+    row = first.gather(1, routing.expert) + slot
+    if not _nothing_dropped(sizes, n):
         spare = (~kept).flatten()
-        row = torch.where(kept, row, (load.sum() + spare.cumsum(0) - 1).view_as(row))
+        row = torch.where(kept, row, (load.sum() + extra + spare.cumsum(0) - 1).view_as(row))
     flat = row.flatten()
     # Zeros: with slots that a capacity policy gave twice, a row that nothing fills reads a token, not stray memory.
-    source = torch.zeros_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+    source = flat.new_zeros(n + extra).scatter_(0, flat, torch.arange(n, device=flat.device))
     return row, source
 
 
-def _nothing_dropped(sizes: tuple[int, ...] | None, row: Int[Tensor, "G N"]) -> bool:
+def _nothing_dropped(sizes: tuple[int, ...] | None, rows: int) -> bool:
     """True: every assignment is kept, as far as can be told without a wait for the device."""
-    return sizes is not None and sum(sizes) == row.numel()
+    return sizes is not None and sum(sizes) == rows
 
 
 def _weighted_sum(rows: Float[Tensor, "R D"], weight: Tensor | None, row: Int[Tensor, "T K"]) -> Float[Tensor, "T D"]:
@@ -124,8 +146,9 @@ def _token(source: Int[Tensor, "R"], k: int) -> Int[Tensor, "R"]:
     return source if k == 1 else source // k
 
 
-def _take(tokens: Tensor, row: Tensor, source: Tensor, k: int) -> Tensor:
-    return tokens.flatten(0, 1).index_select(0, _token(source, k))
+def _take(tokens: Tensor, row: Tensor, source: Tensor, k: int, zeros: Tensor | None) -> Tensor:
+    rows = tokens.flatten(0, 1).index_select(0, _token(source, k))
+    return rows if zeros is None else rows.index_fill_(0, zeros, 0)
 
 
 def _return(out: Tensor, weight: Tensor, row: Tensor, source: Tensor, k: int, size: tuple[int, ...]) -> Tensor:
@@ -136,21 +159,21 @@ class _Take(torch.autograd.Function):
     """Rows from tokens; the gradient of a token is the sum over its rows, gathered rather than scattered."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, row: Tensor, source: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, row: Tensor, source: Tensor, k: int, zeros: Tensor | None) -> Tensor:
         ctx.save_for_backward(row)
         ctx.k, ctx.size = k, tokens.shape
-        return _take(tokens, row, source, k)
+        return _take(tokens, row, source, k, zeros)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (row,) = ctx.saved_tensors
         if ctx.k > 1:
-            return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None
+            return _weighted_sum(grad, None, row.view(-1, ctx.k)).view(ctx.size), None, None, None, None
         # Not a view: autograd then adds the router's gradient to it in place.
         by_token = grad.new_empty(ctx.size)
         torch.index_select(grad, 0, row.flatten(), out=by_token.view(-1, grad.shape[-1]))
-        return by_token, None, None, None
+        return by_token, None, None, None, None
 
 
 class _Return(torch.autograd.Function):
@@ -177,4 +200,6 @@ class _Return(torch.autograd.Function):
         # In the rows' order first, then back in the tokens': one gather of the wide gradient serves both.
         product = torch.linalg.vecdot(by_row, out)
         grad_weight = product.take(row)
-        return by_row.mul_(weight.take(source).unsqueeze(-1)), grad_weight, None, None, None, None
+        # Zero for rows that fill up: nothing came of them.
+        of_row = weight.new_zeros(len(source)).scatter_(0, row.flatten(), weight.flatten())
+        return by_row.mul_(of_row.unsqueeze(-1)), grad_weight, None, None, None, None

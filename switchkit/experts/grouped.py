@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,6 +78,14 @@ def _products(x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         # One expert has all rows: what a dense layer does.
         return torch.mm(x, weight[sizes.index(len(x))])
     used = sum(sizes)
+    runs = _runs(x, sizes)
+    if runs is not None:
+        out = x.new_empty(x.shape[0], weight.shape[2])
+        for experts, here, layout in runs:
+            if layout[1]:
+                torch.bmm(x[here].view(*layout, -1), weight[experts], out=out[here].view(*layout, -1))
+        out[used:] = 0
+        return out
     few = _few(x, weight, used)
     if few and used == x.shape[0]:
         return F.grouped_mm(x, weight, offs=_ends(sizes))
@@ -105,6 +114,16 @@ def _products(x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """``x^T grad`` of each expert's block; zeros for an expert without rows."""
     used = sum(sizes)
+    runs = _runs(x, sizes)
+    if runs is not None:
+        out = torch.empty_like(weight)
+        for experts, here, layout in runs:
+            if layout[1]:
+                rows, block = x[here].view(*layout, -1), grad[here].view(*layout, -1)
+                torch.bmm(rows.transpose(1, 2), block, out=out[experts])
+            else:
+                out[experts] = 0
+        return out
     if _few(x, weight, used) and all(sizes):
         return F.grouped_mm(x[:used].t(), grad[:used], offs=_ends(sizes))
     out = torch.empty_like(weight)
@@ -115,6 +134,21 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, sizes: tuple[int, 
         else:
             matrix.zero_()
     return out
+
+
+def _runs(x: Tensor, sizes: tuple[int, ...]) -> list[tuple[slice, slice, tuple[int, int]]] | None:
+    """Neighbours of equal loads, each run of them one batched product: its experts, its rows, and (experts, rows each).
+
+    None where runs are short, or in half precision, whose batched products may be slow on a CPU.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        return None
+    runs, first, start = [], 0, 0
+    for size, equal in groupby(sizes):
+        count = sum(1 for _ in equal)
+        runs.append((slice(first, first + count), slice(start, start + count * size), (count, size)))
+        first, start = first + count, start + count * size
+    return runs if 2 * len(runs) <= len(sizes) else None
 
 
 def _few(x: Tensor, weight: Tensor, used: int) -> bool:
