@@ -75,7 +75,7 @@ class Rows:
 
     x: Float[Tensor, "*layout D"]
     load: Int[Tensor, "E"]
-    """Rows of each expert."""
+    """Rows of each expert, those of zeros that a dispatcher filled up with included."""
     sizes: tuple[int, ...] | None = None
     """`load` as Python integers where they are known without a wait for the device; None: only the tensor."""
     row: Int[Tensor, "G N"] | None = None
