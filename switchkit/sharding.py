@@ -101,11 +101,11 @@ def take_part(device: torch.device, value: Tensor, own: Tensor) -> None:
 
 
 def warn_of_batches(module: nn.Module, world: int) -> None:
-    """Say so where what is dropped depends on the number of devices."""
+    """Say so where what is chosen or dropped depends on the number of devices."""
     layers = [part for part in module.modules() if isinstance(part, MoELayer)]
     bound = [m for m in layers if m.group == "batch" and (m.router.leaks or not isinstance(m.capacity, Dropless))]
     if world > 1 and bound:
         rank_zero_warn(
-            f"group='batch' counts capacity over the batch of each device: {world} devices drop other tokens than one "
+            f"group='batch' decides over the batch of each device: {world} devices choose or drop otherwise than one "
             "would. group='sequence' does not depend on the devices"
         )

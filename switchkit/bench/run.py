@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +21,7 @@ from switchkit.bench.routers import routing
 from switchkit.bench.shapes import CPU_SHAPES, CUDA_SHAPES
 from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import json_file
+from switchkit.cli.options import json_target, write_json
 from switchkit.dispatch.base import Dispatcher
 from switchkit.registry import lookup, named
 from switchkit.report.tables import console
@@ -40,7 +38,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         check_peers()
     to_output = options.json == "-"
     # Rather now than after minutes of measuring.
-    target = None if options.json is None or to_output else json_file(options.json)
+    target = json_target(options.json)
     if options.recipe is not None:
         # Its imports take seconds, so only where there is something to check.
         from switchkit.bench import step
@@ -105,12 +103,7 @@ def run(options: argparse.Namespace, command: str) -> int:
                 found["seq2seq"].append(seq2seq.measure(size, device, options.rounds))
                 _show(out, tables.seq2seq(found["seq2seq"][-1]))
         found["machine"]["load_average_after"] = machine.load_average()
-    if options.json is not None:
-        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        if target is None:
-            sys.stdout.write(text)
-        else:
-            target.write_text(text, encoding="utf-8")
+    write_json(options.json, target, found)
     return 0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -17,7 +19,7 @@ from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import target_of
-from switchkit.cli.options import json_file
+from switchkit.cli.options import json_target, write_json
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
 from switchkit.layers import MoELayer
@@ -37,7 +39,7 @@ scales its losses as their papers do.
 options:
   --config NAME      a YAML file or the name of a recipe; give several: later ones win
   --ckpt_path PATH   the trained weights of a checkpoint (`last`: the newest), which brings its settings
-  --json PATH        write the findings there too
+  --json PATH        write the findings there too; -: to the output, in place of the table
   --plugins MODULE   modules to import first, such as my_file
   --KEY VALUE        any setting of `switchkit fit`, such as --model.moe.router top_k
 
@@ -48,10 +50,19 @@ _STYLE = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the findings as a table; 1 if the model sees future tokens."""
-    arguments, target = _own(argv)
+    arguments, given = _own(argv)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_HELP)
         return 0
+    target = json_target(given)
+    with redirect_stdout(sys.stderr) if given == "-" else nullcontext():
+        content = _measured(arguments)
+    write_json(given, target, content)
+    return int(content["leaks"])
+
+
+def _measured(arguments: list[str]) -> dict[str, Any]:
+    """The findings, printed as a table, as plain data."""
     permit = _permit(arguments)
     cli = ModelOnly([*arguments, *permit])
     module = cli.model
@@ -66,19 +77,16 @@ def run(command: str, argv: Sequence[str]) -> int:
     findings = audit(module, context=context, trained=path is not None)
     refused = bool(permit) and any(part.leaks for part in module.modules() if isinstance(part, MoELayer))
     _print(findings, f"Audit of {_title(arguments, path)}, on sequences of {context} random tokens", refused)
-    if target is not None:
-        content = {
-            "version": __version__,
-            "leaks": sees_future(findings),
-            "refused_by_fit": refused,
-            "findings": [asdict(finding) for finding in findings],
-        }
-        target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return int(sees_future(findings))
+    return {
+        "version": __version__,
+        "leaks": sees_future(findings),
+        "refused_by_fit": refused,
+        "findings": [asdict(finding) for finding in findings],
+    }
 
 
-def _own(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The arguments of `fit`, and the path of ``--json``."""
+def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments of `fit`, and what ``--json`` names."""
     rest, path = [], None
     given = iter(argv)
     for argument in given:
@@ -89,7 +97,7 @@ def _own(argv: Sequence[str]) -> tuple[list[str], Path | None]:
         value = value if equals else next(given, "")
         if not value or value.startswith("--"):
             raise UserError("--json needs a value: --json PATH")
-        path = json_file(value)
+        path = value
     return rest, path
 
 

@@ -19,4 +19,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         told = str(error).partition("\n")[0]
         if "allocate" not in told:
             raise
-        raise UserError(f"bench: the memory does not hold this: {told}. Take smaller --shapes") from error
+        raise UserError(
+            f"bench: the memory does not hold this: {told}. Measure less: smaller --shapes, another --recipe, or leave "
+            "out what is too large (--no-layer, --no-recipe, --no-generation)"
+        ) from error

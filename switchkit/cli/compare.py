@@ -34,6 +34,10 @@ __all__ = ["run"]
 
 _POINTS = 20
 _REFUSED = {"seed_everything": "--seeds N trains seeds 0 to N - 1", "ckpt_path": "a comparison goes on by itself"}
+_READS = {
+    "trainer.limit_train_batches": "runs that train on nothing cannot be compared",
+    "trainer.limit_val_batches": "runs are compared by their validation loss",
+}
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -255,5 +259,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             if position == len(argv) or argv[position].startswith("--"):
                 raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
             value, position = argv[position], position + 1
+        if key in _READS and _is_zero(value):
+            raise UserError(f"compare: {name} {value}: {_READS[key]}: leave it out, or give a number above 0")
         edits.append((key, value))
     return own, edits
+
+
+def _is_zero(value: str) -> bool:
+    try:
+        return float(value) == 0
+    except ValueError:
+        return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +90,26 @@ def json_file(given: str) -> Path:
         raise UserError(f"--json {given} is there already, and is no .json file: name another")
     _check_folder(path, f"--json {given}")
     return path
+
+
+def json_target(given: str | None) -> Path | None:
+    """Where a report as JSON goes: None for none at all, and for ``-``, which is the output.
+
+    Raises:
+        UserError: as `json_file`.
+    """
+    return None if given in (None, "-") else json_file(str(given))
+
+
+def write_json(given: str | None, target: Path | None, content: object) -> None:
+    """The report, where ``--json`` asked for it."""
+    if given is None:
+        return
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if target is None:
+        sys.stdout.write(text)
+    else:
+        target.write_text(text, encoding="utf-8")
 
 
 def _check_folder(path: Path, named: str) -> None:

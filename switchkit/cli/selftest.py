@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.options import OptionParser, json_file
+from switchkit.cli.options import OptionParser, json_target, write_json
 from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
 from switchkit.registry import KINDS, named
 
@@ -34,9 +32,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
     parser.add_argument("--skip", nargs="+", metavar="PROPERTY", default=[], help="properties not to ask")
-    parser.add_argument("--json", metavar="PATH", help="write all results to a file too")
+    parser.add_argument(
+        "--json", metavar="PATH", help="write all results to a file too; -: to the output, in place of the table"
+    )
     options = parser.parse(rest)
-    target = None if options.json is None else json_file(options.json)
+    target = json_target(options.json)
     load_entry_points()
     import_plugins(plugins, "--plugins")
     # Only now, so that --help and mistyped options answer without waiting for torch.
@@ -50,7 +50,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     # Sums of two threads differ in the last bits, and layers this small are faster on one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    stream = sys.stderr if options.json == "-" else sys.stdout
+    console = Console(file=stream, width=None if stream.isatty() else 160)
     table = Table("part", "held", "failed", "skipped", "seconds", title="selftest", title_justify="left", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -70,8 +71,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     skipped = sum(result.status == "skipped" for results in found.values() for result in results)
     without = f"; {skipped} could not be asked, --json says why" if skipped else ""
     console.print(f"{parts_told}, {total} properties, {len(failed)} failed{without}", highlight=False)
-    if target is not None:
-        _write(target, found)
+    write_json(options.json, target, _content(found))
     return 1 if failed else 0
 
 
@@ -108,11 +108,11 @@ def _row(results: Sequence[Result]) -> list[str]:
     return [*map(str, counts), f"{sum(result.seconds for result in results):.1f}"]
 
 
-def _write(path: Path, found: dict[str, list[Result]]) -> None:
+def _content(found: dict[str, list[Result]]) -> dict[str, Any]:
     import torch
 
     from switchkit import __version__
 
     versions = {"switchkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
     parts: dict[str, Any] = {name: [asdict(result) for result in results] for name, results in found.items()}
-    path.write_text(json.dumps({"versions": versions, "parts": parts}, indent=2) + "\n", encoding="utf-8")
+    return {"versions": versions, "parts": parts}

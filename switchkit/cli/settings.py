@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -37,11 +37,10 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         UserError, ValueError: the first thing that is wrong with it.
     """
     sources = gather(command, arguments)
-    both = [arguments.last(option) for option in ("ckpt_path", "init_from")]
-    if command == "fit" and not set(both) & {None, "null", ""}:
+    goes_on, begins = (_given(sources, option) for option in ("ckpt_path", "init_from"))
+    if command == "fit" and goes_on and begins and arguments.last("init_from") is not None:
         raise UserError(
-            f"--ckpt_path {both[0]} goes on with a run, and --init_from {both[1]} begins a new one from its weights: "
-            "give one of them"
+            f"{goes_on} goes on with a run, and {begins} begins a new one from its weights: give one of them"
         )
     resumed = given_checkpoint(sources)
     # A run that goes on has its weights already: what a saved configuration says it began from is past.
@@ -81,6 +80,15 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         _keep_tokenizer(tree, tokenizer, str(path))
     _check(tree, command)
     return tree
+
+
+def _given(sources: Sequence[Source], option: str) -> str | None:
+    """Who names a checkpoint last, and which one; None: nobody does."""
+    for source in reversed(sources):
+        if option in source.values:
+            value = source.values[option]
+            return None if value in (None, "null", "") else f"{source.where(option)} {value}"
+    return None
 
 
 def gather(command: str, arguments: Arguments) -> list[Source]:

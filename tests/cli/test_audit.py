@@ -112,3 +112,11 @@ def test_mistakes_are_one_line(run, argv, said):
     code, _, err = run("audit", *argv)
     assert code == 2
     assert said in err.splitlines()[-1]
+
+
+def test_json_to_the_output_stands_there_alone(run):
+    code, out, err = run("audit", *SMALL, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["leaks"] is False
+    assert "Audit of" in err
+    assert not Path("-").exists()

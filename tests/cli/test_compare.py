@@ -270,6 +270,11 @@ BAD = {
     "too small": (["both.yaml", "--budget", "flops=10"], "too little for a single step of dense, moe; one step takes"),
     "no seed": (["both.yaml", "--seeds", "0"], "--seeds: expected a number from 1 up, got '0'"),
     "a seed": (["both.yaml", "--seed_everything", "3"], "--seeds N trains seeds 0 to N - 1"),
+    "no validation": (
+        ["both.yaml", "--trainer.limit_val_batches", "0.0"],
+        "runs are compared by their validation loss",
+    ),
+    "no training": (["both.yaml", "--trainer.limit_train_batches=0"], "runs that train on nothing cannot be compared"),
     "a checkpoint": (["both.yaml", "--ckpt_path=last"], "a comparison goes on by itself"),
     "config": (["--config", "both.yaml"], "recipes are given without it"),
     "no twin": (["both.yaml", "--twin", "dens"], "no run is called so. Did you mean 'dense'?"),

@@ -120,6 +120,10 @@ MISTAKES = {
         ["one is a folder and no whole checkpoint", "the newest below it is one/damaged.ckpt"],
     ),
     "a checkpoint without a name": ([*SMALL, "--ckpt_path", ""], ["--ckpt_path: expected a path or 'last', got ''"]),
+    "a recipe's beginning and another": (
+        [*SMALL, "--config", "resumed.yaml", "--init_from", "b.ckpt"],
+        ["resumed.yaml: ckpt_path a.ckpt goes on with a run, and --init_from b.ckpt begins a new one"],
+    ),
     "two beginnings": (
         [*SMALL, "--ckpt_path", "a.ckpt", "--init_from", "b.ckpt"],
         ["--ckpt_path a.ckpt goes on with a run, and --init_from b.ckpt begins a new one"],
@@ -147,6 +151,7 @@ FILES = {
     "plugins.yaml": b"plugins: 3\n",
     "fails.py": b"1 / 0\n",
     "damaged.ckpt": b"PK\x03\x04",
+    "resumed.yaml": b"ckpt_path: a.ckpt",
     "one/damaged.ckpt": b"PK\x03\x04",
 }
 

@@ -40,6 +40,14 @@ def test_names_kinds_and_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["selftest", "capacity/dropless", "--skip", "compiles", "equals_the_loop"]) == 0
 
 
+def test_json_to_the_output_stands_there_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "losses/balance", "--json", "-"]) == 0
+    told = capsys.readouterr()
+    assert set(json.loads(told.out)["parts"]) == {"losses/balance"}
+    assert "0 failed" in told.err
+    assert not Path("-").exists()
+
+
 def test_a_plugin_that_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def test_all_start_from_the_first_and_gradients_travel_once_a_step() -> None:
         # Half of the experts each, and half of everything else.
         assert found["local"]["net.blocks.0.mlp.experts.w1"] == [4, 16, 24]
         assert found["local"]["net.blocks.0.attention.qkv.weight"] == [24, 16]
-    assert any("group='batch' counts capacity over the batch of each device" in line for line in first["told"])
+    assert any("group='batch' decides over the batch of each device" in line for line in first["told"])
 
 
 @pytest.mark.parametrize(
