@@ -112,6 +112,7 @@ def test_loads_are_filled_up_where_it_is_worth_it(sizes: tuple[int, ...], thread
         ((1000, 1001, 1000, 1001), 2, None),  # large products are shared well
         ((64,), 2, None),
         ((0, 0, 0), 2, None),
+        ((1, 0), 2, None),
     ],
 )
 def test_what_loads_are_filled_up_to(sizes: tuple[int, ...], threads: int, expected: tuple[int, ...] | None) -> None:

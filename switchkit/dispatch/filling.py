@@ -19,7 +19,7 @@ def evened(sizes: tuple[int, ...], threads: int) -> tuple[int, ...] | None:
     A batched product of two experts per thread lets each thread keep to its own experts; one after the other, the
     threads share each product, which for a few hundred rows takes up to half as long again.
     """
-    if threads == 1 or len(sizes) == 1:
+    if threads == 1 or len(sizes) == 1 or sum(sizes) < 2:
         return None
     together, total = 2 * threads, sum(sizes)
     runs = [sizes[first : first + together] for first in range(0, len(sizes), together)]
