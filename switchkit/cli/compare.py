@@ -16,6 +16,7 @@ from switchkit import __version__
 from switchkit.cli.errors import UserError, exit_code
 from switchkit.cli.options import OptionParser, number
 from switchkit.cli.plugins import split_plugins
+from switchkit.cli.ranges import is_zero
 from switchkit.cli.reading import stops_cleanly
 from switchkit.cli.recipes import dump_yaml
 from switchkit.compare.budget import Budget
@@ -259,14 +260,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             if position == len(argv) or argv[position].startswith("--"):
                 raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
             value, position = argv[position], position + 1
-        if key in _READS and _is_zero(value):
+        if key in _READS and is_zero(value):
             raise UserError(f"compare: {name} {value}: {_READS[key]}: leave it out, or give a number above 0")
         edits.append((key, value))
     return own, edits
-
-
-def _is_zero(value: str) -> bool:
-    try:
-        return float(value) == 0
-    except ValueError:
-        return False

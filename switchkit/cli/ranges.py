@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["check_ranges", "check_run"]
+__all__ = ["check_ranges", "check_run", "is_zero"]
 
 SEEDS = 2**32
 _Fits = Callable[[Any], bool]
@@ -63,13 +63,19 @@ def check_run(tree: Mapping[str, Any], command: str) -> None:
     own = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
     limit = own.get(command, "limit_train_batches")
     steps = trainer.get("max_steps")
-    if _number(_read(trainer.get(limit))) and float(trainer[limit]) == 0 and steps != 0:
+    if is_zero(trainer.get(limit)) and steps != 0:
         raise UserError(f"trainer.{limit} 0: {command} would read nothing: leave it out, or give a number above 0")
     root = trainer.get("default_root_dir", "runs")
     if isinstance(root, str) and "://" not in root:
         there = next(folder for folder in (Path(root).absolute() / "_").parents if folder.is_dir())
         if not os.access(there, os.W_OK):
             raise UserError(f"trainer.default_root_dir {root}: the folder {there} cannot be written in; give another")
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a setting is the number 0, a word of the command line included."""
+    read = _read(value)
+    return _number(read) and read == 0
 
 
 def _read(value: Any) -> Any:
