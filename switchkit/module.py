@@ -33,7 +33,7 @@ from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.spec import build, describe, describe_object
 from switchkit.start import begin, later
-from switchkit.step import MicroBatch, Seen, gradient_scale, weighted_means
+from switchkit.step import MicroBatch, Seen, Step, gradient_scale, weighted_means
 
 __all__ = ["LanguageModule", "NonFiniteError", "StepCallback"]
 
@@ -167,9 +167,7 @@ class LanguageModule(L.LightningModule):
         self.val_accuracy = TokenAccuracy()
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
         self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
-        self._micro_batches: list[MicroBatch] = []
-        # Load and tokens [L, E + 1] of the step's micro-batches so far: this device's, and those of all devices.
-        self._counts: tuple[Tensor, Tensor] | None = None
+        self._step = Step()
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -177,8 +175,7 @@ class LanguageModule(L.LightningModule):
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
         # What a run left behind that broke off in the middle of a step belongs to no other.
-        self._micro_batches.clear()
-        self._counts = None
+        self._step.clear()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -203,8 +200,7 @@ class LanguageModule(L.LightningModule):
         self.train_routing.update(found)
         named_terms = dict(zip(self._loss_names, terms, strict=True))
         values = {"loss": loss, **named, **named_terms}
-        weights = micro.weights(self._micro_batches[0] if self._micro_batches else None)
-        self._micro_batches.append(micro.with_values(values))
+        weights = self._step.add(micro, values)
         if weights is not None:
             loss = weights[0] * learned + weights[1] * routing
         return {"loss": loss, "stats": found}
@@ -224,17 +220,13 @@ class LanguageModule(L.LightningModule):
         devices = 1 if self._trainer is None else self.trainer.world_size
         micro = MicroBatch(own, own if devices == 1 else own.everywhere(), devices)
         if self._step_callbacks() or any(term.scope != "micro" for term in self.losses):
-            counts = micro.own.counts(), micro.every.counts()
-            before = self._counts
-            self._counts = counts if before is None else (before[0] + counts[0], before[1] + counts[1])
+            self._step.count(micro)
         return micro
 
     def _term(self, term: Loss, routings: tuple[Routing, ...]) -> Tensor:
         """One loss on the records, with the counts of its scope where that is more than the micro-batch."""
-        if term.scope == "micro" or self._counts is None:
-            return term(routings)
-        counts = self._counts[1 if term.scope == "global" else 0]
-        return term(routings, counts[:, :-1])  # type: ignore[call-arg]
+        load = None if term.scope == "micro" else self._step.load(term.scope)
+        return term(routings) if load is None else term(routings, load)  # type: ignore[call-arg]
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
         out = self._run(batch)
@@ -280,7 +272,7 @@ class LanguageModule(L.LightningModule):
 
     def _log_training(self) -> None:
         """Straight to the loggers, and at the interval only: `self.log` costs a quarter of a millisecond a key."""
-        numbers = weighted_means(self._micro_batches)
+        numbers = weighted_means(self._step.batches)
         numbers["grad_norm"] = total_norm(self.parameters())  # before it is clipped
         numbers["lr"] = torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.sparse_layers:
@@ -313,12 +305,10 @@ class LanguageModule(L.LightningModule):
         Raises:
             NonFiniteError: a router was given NaN or infinity, or the loss is one; the weights are still good.
         """
-        batches = self._micro_batches
-        broken = torch.stack([b.every.broken + ~torch.isfinite((b.values or {})["loss"]) for b in batches])
-        bad = torch.stack([b.every.bad for b in batches]).sum(0)
+        bad = self._step.bad()
         accumulate = self.trainer.accumulate_grad_batches
-        scale = gradient_scale(batches, accumulate)
-        wrong, factor = torch.stack([bad.sum() + broken.sum(), scale.double()]).tolist()
+        scale = gradient_scale(self._step.batches, accumulate)
+        wrong, factor = torch.stack([bad.sum() + self._step.broken(), scale.double()]).tolist()
         if wrong:
             where = [f"{name}: {n} tokens" for name, n in zip(self.sparse_layers, bad.tolist(), strict=True) if n]
             what = f"router input ({'; '.join(where)})" if where else "loss"
@@ -332,14 +322,13 @@ class LanguageModule(L.LightningModule):
                     parameter.grad.mul_(factor)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_training()
-        self._micro_batches.clear()
+        self._step.batches.clear()
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """The optimizer's step, then what callbacks do with its counts."""
         super().optimizer_step(*arguments, **options)
-        counted, self._counts = self._counts, None
-        if counted is not None:
-            counts = counted[1]
+        counts = self._step.take_counts()
+        if counts is not None:
             for callback in self._step_callbacks():
                 callback.after_optimizer_step(self.trainer, self, counts[:, :-1], counts[:, -1])
 
@@ -413,9 +402,8 @@ class LanguageModule(L.LightningModule):
             **({"hugging_face": self.hugging_face} if self.hugging_face else {}),
             "train_routing": self._counted_since_log(),
         }
-        if self._counts is not None:
-            # In the middle of a step.
-            checkpoint["switchkit"]["step_counts"] = self._counts[1].cpu()
+        if (counts := self._step.saved()) is not None:
+            checkpoint["switchkit"]["step_counts"] = counts
 
     def _counted_since_log(self) -> dict[str, Tensor]:
         """The interval metric, over all devices: this hook runs on each of them, and one file is written."""
@@ -436,8 +424,7 @@ class LanguageModule(L.LightningModule):
             )
         counts = ours.get("step_counts")
         if counts is not None:
-            every = counts.to(self.device)
-            self._counts = (every if first else torch.zeros_like(every)), every
+            self._step.restore(counts.to(self.device), first)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with one readable error when `state_dict` belongs to another model.

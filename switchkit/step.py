@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["MicroBatch", "Seen", "gradient_scale", "weighted_means"]
+__all__ = ["MicroBatch", "Seen", "Step", "gradient_scale", "weighted_means"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,58 @@ class MicroBatch:
     def with_values(self, values: Mapping[str, Tensor]) -> MicroBatch:
         """With what is logged of it: means over its targets on this device, detached."""
         return replace(self, values={name: value.detach() for name, value in values.items()})
+
+
+class Step:
+    """The optimizer step that is in the making: its micro-batches so far, and what they counted."""
+
+    def __init__(self) -> None:
+        self.batches: list[MicroBatch] = []
+        # Load and tokens [L, E + 1] so far: this device's, and those of all devices.
+        self._counts: tuple[Tensor, Tensor] | None = None
+
+    def count(self, micro: MicroBatch) -> None:
+        """Add up what callbacks and losses of a scope beyond the micro-batch read."""
+        own, every = micro.own.counts(), micro.every.counts()
+        before = self._counts
+        self._counts = (own, every) if before is None else (before[0] + own, before[1] + every)
+
+    def load(self, scope: Literal["rank", "global"]) -> Int[Tensor, "L E"] | None:
+        """Chosen assignments of this device or of all devices; None: nothing was counted."""
+        return None if self._counts is None else self._counts[scope == "global"][:, :-1]
+
+    def add(self, micro: MicroBatch, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Take a micro-batch in, with what is logged of it; what its cross-entropy and its terms weigh, None: 1."""
+        weights = micro.weights(self.batches[0] if self.batches else None)
+        self.batches.append(micro.with_values(values))
+        return weights
+
+    def bad(self) -> Int[Tensor, "L"]:
+        """Tokens that a router could not score, over all devices."""
+        return torch.stack([batch.every.bad for batch in self.batches]).sum(0)
+
+    def broken(self) -> Int[Tensor, ""]:
+        """How often the cross-entropy of a device, or the loss of this one, was not finite."""
+        found = [b.every.broken + ~torch.isfinite((b.values or {})["loss"]) for b in self.batches]
+        return torch.stack(found).sum()
+
+    def take_counts(self) -> Int[Tensor, "L columns"] | None:
+        """Those of all devices, `tokens` in the last column; the next step begins to count."""
+        counted, self._counts = self._counts, None
+        return None if counted is None else counted[1]
+
+    def clear(self) -> None:
+        """Forget a step that broke off."""
+        self.batches.clear()
+        self._counts = None
+
+    def saved(self) -> Int[Tensor, "L columns"] | None:
+        """The counts of all devices in the middle of a step, for a checkpoint."""
+        return None if self._counts is None else self._counts[1].cpu()
+
+    def restore(self, saved: Int[Tensor, "L columns"], first: bool) -> None:
+        """Go on from `saved`; the counts of all devices become the own ones of the `first` device."""
+        self._counts = (saved if first else torch.zeros_like(saved)), saved
 
 
 def gradient_scale(batches: Sequence[MicroBatch], accumulate: int) -> Float[Tensor, ""]:

@@ -46,7 +46,7 @@ def test_two_terms_of_a_kind_are_logged_each(tmp_path: Path) -> None:
     model = module(source, moe=TOP2, losses=[partial(Balance, weight=0.5), RouterZ, partial(Balance, weight=0.1)])
     batch = next(iter(source.train_dataloader()))
     model.training_step(batch, 0)
-    assert list(model._micro_batches[0].values) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
+    assert list(model._step.batches[0].values) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
 
 
 def test_data_that_a_model_cannot_read_are_refused_before_the_first_batch(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_scope_lasts_one_optimizer_step(tmp_path: Path) -> None:
     source = data(tmp_path)
     model = LanguageModule(NET, moe=TOP2, losses=[partial(Balance, scope="rank")], tokenizer=source.tokenizer)
     trainer(tmp_path, steps=2, accumulate_grad_batches=2).fit(model, source)
-    assert model._counts is None
+    assert model._step.load("global") is None
 
 
 def test_checkpoint_rebuilds_model_and_tokenizer(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_dense_model_stays_on_its_device(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
     batch = {"tokens": tokens, "targets": tokens}
     out = model.training_step(batch, 0)
-    (seen,) = model._micro_batches
+    (seen,) = model._step.batches
     assert {value.device.type for value in [*out["stats"].values(), *(seen.values or {}).values()]} == {"meta"}
     validated: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(model.val_routing, "update", validated.append)
