@@ -23,7 +23,7 @@ from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory
-from switchkit.metrics import RoutingMetrics, TokenAccuracy, TokenLoss, count_targets, cross_entropy, step_stats
+from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
 from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, learning_rate
@@ -162,9 +162,7 @@ class LanguageModule(L.LightningModule):
         experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
         shape = len(experts), max(experts, default=0)
         self.train_routing = RoutingMetrics(len(experts), experts)
-        self.val_routing = RoutingMetrics(len(experts), experts, scores=True)
-        self.val_loss = TokenLoss()
-        self.val_accuracy = TokenAccuracy()
+        self.evaluation = Evaluation(experts)
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
         self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
         self._step = Step()
@@ -229,10 +227,7 @@ class LanguageModule(L.LightningModule):
         return term(routings) if load is None else term(routings, load)  # type: ignore[call-arg]
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
-        out = self._run(batch)
-        self.val_loss.update(*cross_entropy(out.logits, batch["targets"], batch.get("valid")))
-        self.val_accuracy.update(out.logits, batch["targets"], batch.get("valid"))
-        self.val_routing.update(step_stats(out.routings, out.logits, scores=True))
+        self.evaluation.update(self._run(batch), batch)
 
     test_step = validation_step
 
@@ -253,22 +248,12 @@ class LanguageModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        values = {f"{stage}/{name}": value.float() for name, value in self.val_loss.compute().items()}
-        values[f"{stage}/accuracy"] = self.val_accuracy.compute().float()
-        if self.sparse_layers:
-            routing = self.val_routing.compute()
-            values[f"{stage}/imbalance"] = routing["imbalance"].max().float()
-            values[f"{stage}/dropped"] = routing["dropped"].mean().float()
-            values[f"{stage}/dead_experts"] = routing["dead"].sum().float()
-            values[f"{stage}/router_entropy"] = routing["entropy"].mean().float()
-            values[f"{stage}/router_confidence"] = routing["confidence"].mean().float()
+        values = {f"{stage}/{name}": value for name, value in self.evaluation.compute().items()}
         # The metrics are summed over ranks already, and the mean of equal numbers is that number.
         self.log_dict(values, sync_dist=True)
         if not self.trainer.sanity_checking:
-            self.last_load = self.val_routing.compute()["load"].cpu()
-        self.val_loss.reset()
-        self.val_accuracy.reset()
-        self.val_routing.reset()
+            self.last_load = self.evaluation.routing.compute()["load"].cpu()
+        self.evaluation.reset()
 
     def _log_training(self) -> None:
         """Straight to the loggers, and at the interval only: `self.log` costs a quarter of a millisecond a key."""

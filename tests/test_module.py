@@ -370,6 +370,6 @@ def test_a_dense_model_stays_on_its_device(monkeypatch: pytest.MonkeyPatch) -> N
     (seen,) = model._step.batches
     assert {value.device.type for value in [*out["stats"].values(), *(seen.values or {}).values()]} == {"meta"}
     validated: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(model.val_routing, "update", validated.append)
+    monkeypatch.setattr(model.evaluation.routing, "update", validated.append)
     model.validation_step(batch, 0)
     assert {value.device.type for value in validated[0].values()} == {"meta"}

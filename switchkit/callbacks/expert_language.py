@@ -51,8 +51,8 @@ class ExpertLanguage(L.Callback):
         names = getattr(getattr(trainer, "datamodule", None), "languages", None)
         if not names:
             raise ValueError("ExpertLanguage needs data with languages, as PairData; leave the callback out")
-        routing = pl_module.val_routing
-        metric = RoutingInformation(len(pl_module.sparse_layers), max(routing.num_experts), len(names))
+        experts = pl_module.evaluation.routing.num_experts
+        metric = RoutingInformation(len(experts), max(experts), len(names))
         self._metric = metric.to(pl_module.device)
         self._hook = pl_module.net.register_forward_hook(self._keep)
 

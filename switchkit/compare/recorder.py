@@ -153,9 +153,8 @@ def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         for index, batch in enumerate(islice(loader, most)):
             module.validation_step(trainer.strategy.batch_to_device(batch), index)
-    found = float(module.val_loss.compute()["loss"])
-    for metric in (module.val_loss, module.val_accuracy, module.val_routing):
-        metric.reset()
+    found = float(module.evaluation.compute()["loss"])
+    module.evaluation.reset()
     for part, mode in modes:
         part.training = mode
     return found
