@@ -33,45 +33,10 @@ from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
 from switchkit.spec import build, describe, describe_object
 from switchkit.start import begin, later
-from switchkit.step import MicroBatch, Seen, Step, gradient_scale, weighted_means
+from switchkit.step import MicroBatch, NonFiniteError, Seen, Step, gradient_scale, weighted_means
+from switchkit.step_callback import StepCallback
 
-__all__ = ["LanguageModule", "NonFiniteError", "StepCallback"]
-
-
-class NonFiniteError(ValueError):
-    """NaN or infinity in a router's input or in the loss: training stops before the optimizer steps."""
-
-
-class StepCallback(L.Callback):
-    """A callback that acts on the counts of each optimizer step, once, before a checkpoint can be written.
-
-    The counts add up over the micro-batches of the step and over ranks. A hook like `on_train_batch_end` would be too
-    late: a checkpoint saved by an earlier callback would lack the change, and a resumed run would not make up for it.
-    """
-
-    needs_sparse_layers = True
-    """Read from any callback: a dense twin of the run goes without it."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses to train a module that does not count, or has nothing to count.
-
-        Raises:
-            ValueError: the module is no `LanguageModule`, or has no sparse layer.
-        """
-        if stage != "fit":
-            return
-        name = type(self).__name__
-        if not isinstance(pl_module, LanguageModule):
-            raise ValueError(f"{name} needs a LanguageModule, which counts; got a {type(pl_module).__name__}")
-        if not pl_module.sparse_layers:
-            raise ValueError(f"{name} needs a model with sparse layers, and this one has none: leave the callback out")
-
-    def after_optimizer_step(
-        self, trainer: L.Trainer, pl_module: LanguageModule, load: Int[Tensor, "L E"], tokens: Int[Tensor, "L"]
-    ) -> None:
-        """`load`: chosen assignments, zeros past a layer's experts; `tokens`: real tokens. `trainer.global_step` still
-        counts the steps before this one."""
-        raise NotImplementedError
+__all__ = ["LanguageModule"]
 
 
 class LanguageModule(L.LightningModule):
@@ -412,9 +377,10 @@ class LanguageModule(L.LightningModule):
             self._step.restore(counts.to(self.device), first)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, with one readable error when `state_dict` belongs to another model.
+        """As torch's; of whole tensors a sharded model takes its parts.
 
-        Of whole tensors a sharded model takes its parts.
+        Raises:
+            ValueError: `state_dict` belongs to another model.
         """
         if self.start is not None and not assign:
             raise ValueError(
@@ -422,14 +388,8 @@ class LanguageModule(L.LightningModule):
                 "build it without empty_init, or give the Trainer ckpt_path"
             )
         self.start = None
-        own = self.state_dict()
-        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-        shared = [(n, list(state_dict[n].shape), list(own[n].shape)) for n in own if n in state_dict]
-        wrong = [f"{name} {theirs} for {ours}" for name, theirs, ours in shared if theirs != ours]
-        if strict and (missing or extra or wrong):
-            kinds = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
-            found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds if names)
-            raise ValueError(f"these weights belong to another model: {found}")
+        if strict:
+            checkpoints.check_weights(state_dict, self.state_dict())
         return super().load_state_dict(state_like(state_dict, self), strict=strict, assign=assign)
 
     @classmethod

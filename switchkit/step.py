@@ -11,7 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["MicroBatch", "Seen", "Step", "gradient_scale", "weighted_means"]
+__all__ = ["MicroBatch", "NonFiniteError", "Seen", "Step", "gradient_scale", "weighted_means"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class MicroBatch:
     def with_values(self, values: Mapping[str, Tensor]) -> MicroBatch:
         """With what is logged of it: means over its targets on this device, detached."""
         return replace(self, values={name: value.detach() for name, value in values.items()})
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in a router's input or in the loss: training stops before the optimizer steps."""
 
 
 class Step:

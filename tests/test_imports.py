@@ -32,6 +32,7 @@ ROWS = [
         "origin",
         "plan",
         "step",
+        "step_callback",
         "start",
         "sharding",
         "strategies",

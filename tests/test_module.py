@@ -16,10 +16,9 @@ from small import MOE, NET, TOP2, data, module, trainer, weights
 
 from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK
 from switchkit.callbacks import SaveLast
-from switchkit.module import NonFiniteError
 from switchkit.optim import check_optimizer, decay_groups, learning_rate
 from switchkit.sampling import sample
-from switchkit.step import Seen
+from switchkit.step import NonFiniteError, Seen
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_terms(tmp_path: Path) -> None:

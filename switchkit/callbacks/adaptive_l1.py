@@ -9,8 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from switchkit.losses.base import Loss
-from switchkit.module import LanguageModule, StepCallback
+from switchkit.module import LanguageModule
 from switchkit.registry import name_of
+from switchkit.step_callback import StepCallback
 
 __all__ = ["AdaptiveL1"]
 

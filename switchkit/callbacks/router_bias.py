@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchkit.module import LanguageModule, StepCallback
+from switchkit.module import LanguageModule
+from switchkit.step_callback import StepCallback
 
 __all__ = ["UpdateRouterBias", "bias_update"]
 

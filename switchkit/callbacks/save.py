@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchkit.module import NonFiniteError
+from switchkit.step import NonFiniteError
 
 __all__ = ["SaveBest", "SaveLast", "checkpoint_folder"]
 

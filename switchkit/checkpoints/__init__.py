@@ -1,6 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running code, found again."""
 
-from switchkit.checkpoints.content import FORMAT_VERSION, check_classes
+from switchkit.checkpoints.content import FORMAT_VERSION, check_classes, check_weights
 from switchkit.checkpoints.folder import outline, read_folder, read_tensor, write_folder
 from switchkit.checkpoints.reading import intact, last, read, read_settings
 from switchkit.checkpoints.writing import AtomicCheckpointIO
@@ -9,6 +9,7 @@ __all__ = [
     "FORMAT_VERSION",
     "AtomicCheckpointIO",
     "check_classes",
+    "check_weights",
     "intact",
     "last",
     "outline",

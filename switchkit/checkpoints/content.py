@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from switchkit.spec import find_class
 
-__all__ = ["FORMAT_VERSION", "check_classes", "content_of"]
+__all__ = ["FORMAT_VERSION", "check_classes", "check_weights", "content_of"]
 
 FORMAT_VERSION = 1
 """Of what switchkit adds to a checkpoint; a file of a later version is refused."""
@@ -50,6 +51,19 @@ def check_classes(*described: Any) -> None:
     for part in described:
         for name in _class_paths(part):
             find_class(name)
+
+
+def check_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where weights of a checkpoint are not those that a model has by name and shape."""
+    shared = [(name, list(given[name].shape), list(own[name].shape)) for name in own if name in given]
+    kinds = {
+        "missing": sorted(own.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - own.keys()),
+        "of another shape": [f"{name} {theirs} for {ours}" for name, theirs, ours in shared if theirs != ours],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds.items() if names]
+    if found:
+        raise ValueError(f"these weights belong to another model: {'; '.join(found)}")
 
 
 def _class_paths(spec: Any) -> Iterator[str]:

@@ -16,8 +16,7 @@ from small import data, module
 
 from switchkit import Balance, ExpertChoice, Factor, MoELayer, RouterZ, Sigmoid
 from switchkit.callbacks import UpdateRouterBias
-from switchkit.module import NonFiniteError
-from switchkit.step import MicroBatch
+from switchkit.step import MicroBatch, NonFiniteError
 
 DROPS = partial(MOE, capacity=partial(Factor, train=0.5))
 GLOBAL = (partial(Balance, weight=0.5, scope="global"), partial(RouterZ, weight=0.1))
