@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,19 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from switchkit import __version__, checkpoints, strategies
 from switchkit.bench.malloc import keep_memory
-from switchkit.callbacks import WritePredictions
-from switchkit.checkpoints import AtomicCheckpointIO
 from switchkit.cli.arguments import read_arguments
+from switchkit.cli.building import reason
 from switchkit.cli.errors import UserError, first_process, one_line
-from switchkit.cli.parser import SwitchkitParser, rewrite
+from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
 from switchkit.cli.ranges import check_run
 from switchkit.cli.settings import compose
+from switchkit.cli.trainer_parts import add_parts
 from switchkit.ddp import use_for_ddp
 from switchkit.models.inputs import check_inputs
 from switchkit.module import LanguageModule
@@ -91,7 +87,7 @@ class SwitchkitCLI(LightningCLI):
         return copy.deepcopy(self._tree)
 
     @property
-    def _out(self) -> str | None:
+    def out(self) -> str | None:
         """What ``predict --out`` names."""
         given = self.settings.get("out")
         return None if given is None else str(given)
@@ -179,7 +175,7 @@ class SwitchkitCLI(LightningCLI):
             with later(self._drawn_by_parts):
                 super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise _unwrapped(error) from None
+            raise reason(error) from None
         self._begin_from()
 
     def _set_seed(self) -> None:
@@ -218,22 +214,7 @@ class SwitchkitCLI(LightningCLI):
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        settings = self._get(self.config_init, "trainer")
-        callbacks = settings.get("callbacks")
-        own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
-        if self.command == "fit":
-            settings["callbacks"] = own + [callback for callback in _defaults(self) if _wanted(callback, own, settings)]
-            if settings.get("enable_model_summary") is None and not any(isinstance(c, ModelSummary) for c in own):
-                settings["enable_model_summary"] = False  # the opening table tells it
-        if self.command == "predict" and (self._out is not None or not any(_writes(c) for c in own)):
-            settings["callbacks"] = [*own, WritePredictions(self._out)]
-        if settings.get("logger") in (None, True):
-            # Lightning's own choice depends on what is installed.
-            settings["logger"] = CSVLogger(settings["default_root_dir"], name="")
-        plugins = settings.get("plugins")
-        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            settings["plugins"] = [*plugins, AtomicCheckpointIO()]
+        add_parts(self, self._get(self.config_init, "trainer"))
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
@@ -334,59 +315,3 @@ def _quiet(command: str) -> None:
     if command != "fit":
         # Saving is nothing that a test run does.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    """What a constructor raised, without jsonargparse's report of all members of the union that it tried."""
-    outer = error
-    while error.__cause__ is not None and _module_of(error).startswith("jsonargparse."):
-        error = error.__cause__
-    if isinstance(error, ImportError) or _module_of(error).startswith("jsonargparse."):
-        # A package that a class needs, as TensorBoardLogger does. Of a list jsonargparse keeps no cause.
-        missing = next((one for one in _behind(outer) if isinstance(one, ImportError)), None)
-        if missing is not None:
-            return UserError(str(missing))
-        told = rewrite(str(error)).partition(" Subclass types expect")[0]
-        return UserError(f"{told}: a class there cannot be built. Give each of the list alone to see why")
-    return UserError(str(error)) if isinstance(error, MisconfigurationException) else error
-
-
-def _behind(error: BaseException) -> Iterator[BaseException]:
-    """An error, and each that it came from or was raised in the handling of."""
-    waiting, seen = [error], set()
-    while waiting:
-        one = waiting.pop()
-        if id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
-
-
-def _module_of(error: BaseException) -> str:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__")) if frames else ""
-
-
-def _writes(callback: Callback) -> bool:
-    """Whether a callback of the user's takes care of predictions."""
-    return isinstance(callback, (WritePredictions, BasePredictionWriter))
-
-
-def _defaults(cli: SwitchkitCLI) -> list[Callback]:
-    from switchkit import callbacks
-
-    return list(callbacks.defaults(cli))
-
-
-def _wanted(callback: Callback, own: list[Callback], settings: Any) -> bool:
-    """Whether a default callback is added: not if the user configured its like or switched it off."""
-    switches = {
-        ProgressBar: "enable_progress_bar",
-        Checkpoint: "enable_checkpointing",
-        ModelSummary: "enable_model_summary",
-    }
-    if any(isinstance(callback, kind) and settings.get(name) is False for kind, name in switches.items()):
-        return False
-    # A Trainer takes one bar only.
-    like = next((kind for kind in (ProgressBar, ModelSummary) if isinstance(callback, kind)), type(callback))
-    return not any(isinstance(other, like) for other in own)

@@ -188,6 +188,10 @@ BUILDS = {
         ["--trainer.logger", "CometLogger"],
         ["comet"],
     ),
+    "a package of one of several loggers that is not there": (
+        ["--trainer.logger", "[{class_path: CSVLogger, init_args: {save_dir: runs}}, CometLogger]"],
+        ["comet", "CometLogger"],
+    ),
     "no GPU": (["--trainer.accelerator", "tpu"], ["trainer: ", "torch_xla"]),
     "no strategy": (["--trainer.strategy", "foo"], ["--trainer.strategy: ", "'foo'", "expert_parallel"]),
     "a callback's value": (
