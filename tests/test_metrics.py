@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torchmetrics import Metric
 from switchkit import Dropless, Routing, Sigmoid, TopK
 from switchkit.metrics import (
     DroppedByPosition,
+    Evaluation,
     RoutingAgreement,
     RoutingInformation,
     RoutingMetrics,
@@ -160,6 +162,41 @@ def test_halves_and_merged_instances_equal_the_whole(name: str) -> None:
     for value in values.values() if isinstance(values, dict) else [values]:
         assert bool(torch.isfinite(value).all())
         assert bool((value != 0).any()) or name == "routing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_does_not_cast_the_sums(dtype: torch.dtype) -> None:
+    """A bfloat16 stops counting at 256, a float16 at 65,504."""
+    metric = Evaluation([4]).to(dtype)
+    metric.loss.update(torch.tensor(3e5), 70_000)
+    for _ in range(1000):
+        metric.loss.update(torch.tensor(3.0), 1)
+    assert math.isclose(float(metric.loss.compute()["loss"]), 303_000 / 71_000, rel_tol=1e-6)
+    metric.reset()
+    assert metric.loss.total.dtype == metric.routing.entropy.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["routing", "position", "agreement", "information"])
+def test_a_metric_goes_on_outside_inference_mode(name: str) -> None:
+    build, update = updates()[name]
+    metric, expected = build(), build()
+    with torch.inference_mode():
+        update(metric, slice(0, 2))
+        metric.reset()
+    update(metric, slice(None))
+    update(expected, slice(None))
+    same(metric.compute(), expected.compute())
+
+
+def test_one_layer_is_no_scalar() -> None:
+    routings = batch("sequence")[:1]
+    metric = RoutingMetrics(1, 4, scores=True)
+    metric.update(step_stats(routings, scores=True))
+    assert {value.shape for name, value in metric.compute().items() if name != "load"} == {torch.Size([1])}
+    assert metric.compute()["load"].shape == (1, 4)
+    agreement = pickle.loads(pickle.dumps(RoutingAgreement(1)))
+    agreement.update(routings, routings)
+    assert agreement.compute().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -125,6 +125,33 @@ def test_validation_loss_is_weighted_by_tokens(tmp_path: Path) -> None:
     assert math.isclose(result["val/perplexity"], math.exp(result["val/loss"]), rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("before", ["validate", "test"])
+def test_a_run_begins_after_an_evaluation(tmp_path: Path, before: str) -> None:
+    """With one Trainer, which validates in inference mode, and in training as well."""
+    source = data(tmp_path)
+    model = module(source)
+    loop = trainer(tmp_path, steps=8, num_sanity_val_steps=0)
+    getattr(loop, before)(model, source, verbose=False)
+    loop.fit(model, source)
+    assert loop.global_step == 8
+    assert "val/loss" in loop.callback_metrics
+
+
+def test_validation_in_bfloat16_is_summed_in_full(tmp_path: Path) -> None:
+    source = data(tmp_path, context=8)
+    model = module(source)
+    loop = trainer(tmp_path, precision="bf16-true")
+    loop.validate(model, source, verbose=False)
+    total, count = 0.0, 0
+    model.eval()
+    for batch in source.val_dataloader():
+        logits = model.net(batch["tokens"], batch.get("valid")).logits.detach().double()
+        nats = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+        real = batch["valid"].flatten() if "valid" in batch else torch.ones_like(nats, dtype=torch.bool)
+        total, count = total + float(nats[real].sum()), count + int(real.sum())
+    assert math.isclose(float(loop.callback_metrics["val/loss"]), total / count, rel_tol=1e-5)
+
+
 def test_accumulated_steps_equal_one_big_batch(tmp_path: Path) -> None:
     """Same windows in 1 x 8 and in 4 x 2, no dropout and no balance loss, which is not linear in the batch."""
     finals = []

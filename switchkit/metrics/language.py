@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
+
+from switchkit.metrics.sums import Sums
 
 __all__ = ["TokenAccuracy", "TokenLoss", "count_targets", "cross_entropy"]
 
 
-class TokenLoss(Metric):
+class TokenLoss(Sums):
     """Mean cross-entropy per real token, in nats, weighted by tokens and not by batches."""
 
-    full_state_update = False
     total: Tensor
     tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("total", dtype=torch.float64)
+        self.add_sum("tokens", dtype=torch.float64)
 
     def update(self, total: Float[Tensor, ""], tokens: int | Tensor) -> None:
         self.total += total
@@ -34,17 +34,16 @@ class TokenLoss(Metric):
         return {"loss": loss, "bits": loss / math.log(2), "perplexity": loss.exp()}
 
 
-class TokenAccuracy(Metric):
+class TokenAccuracy(Sums):
     """Share of the real targets that are the likeliest token."""
 
-    full_state_update = False
     correct: Tensor
     tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("correct", "tokens"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum(name)
 
     def update(
         self, logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"] | None = None

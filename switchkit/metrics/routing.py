@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from switchkit import stats
+from switchkit.metrics.sums import Sums
 from switchkit.records import Routing
 
 __all__ = ["DroppedByPosition", "RoutingAgreement", "RoutingInformation", "RoutingMetrics", "step_stats"]
 
 
-class RoutingMetrics(Metric):
+class RoutingMetrics(Sums):
     """Load, drops and certainty per sparse layer, over all batches and ranks since the last reset.
 
     Update it with a module's `stats`. Computes
@@ -39,7 +39,6 @@ class RoutingMetrics(Metric):
         ValueError: numbers of experts for another number of layers.
     """
 
-    full_state_update = False
     load: Tensor
     dropped: Tensor
     tokens: Tensor
@@ -53,12 +52,12 @@ class RoutingMetrics(Metric):
             raise ValueError(f"num_experts must be one number or one for each of {num_layers} layers; got {each}")
         width = num_experts if isinstance(num_experts, int) else max(each, default=0)
         self.num_experts, self.scores = each, scores
-        self.add_state("load", torch.zeros(num_layers, width, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("dropped", torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sum("load", num_layers, width)
+        self.add_sum("dropped", num_layers)
         if scores:
-            self.add_state("tokens", torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum("tokens", num_layers)
             for name in ("entropy", "confidence"):
-                self.add_state(name, torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
+                self.add_sum(name, num_layers, dtype=torch.float64)
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
         for name in self._defaults:
@@ -83,7 +82,7 @@ class RoutingMetrics(Metric):
         return found
 
 
-class DroppedByPosition(Metric):
+class DroppedByPosition(Sums):
     """Share of the chosen assignments that were dropped, by the token's place in its sequence: [L, context].
 
     A policy that serves in order of arrival drops late tokens; this shows how late. Update it with a model's routings,
@@ -94,7 +93,6 @@ class DroppedByPosition(Metric):
         context: longest sequence.
     """
 
-    full_state_update = False
     chosen: Tensor
     dropped: Tensor
 
@@ -102,7 +100,7 @@ class DroppedByPosition(Metric):
         super().__init__()
         self.num_layers, self.context = num_layers, context
         for name in ("chosen", "dropped"):
-            self.add_state(name, torch.zeros(num_layers, context, dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum(name, num_layers, context)
 
     def update(self, routings: Sequence[Routing], length: int | None = None) -> None:
         """Add a batch.
@@ -124,7 +122,7 @@ class DroppedByPosition(Metric):
         return self.dropped / self.chosen.clamp(min=1)
 
 
-class RoutingAgreement(Metric):
+class RoutingAgreement(Sums):
     """Share of real tokens that two routings of the same batch send to the same set of experts, per layer: [L].
 
     The two may be two checkpoints, two precisions, or training mode and evaluation mode.
@@ -133,7 +131,6 @@ class RoutingAgreement(Metric):
         num_layers: sparse layers.
     """
 
-    full_state_update = False
     equal: Tensor
     tokens: Tensor
 
@@ -141,7 +138,7 @@ class RoutingAgreement(Metric):
         super().__init__()
         self.num_layers = num_layers
         for name in ("equal", "tokens"):
-            self.add_state(name, torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum(name, num_layers)
 
     def update(self, first: Sequence[Routing], second: Sequence[Routing]) -> None:
         """Add one batch, routed twice; the groups may differ, the tokens and the number of experts may not.
@@ -165,7 +162,7 @@ class RoutingAgreement(Metric):
         return self.equal / self.tokens.clamp(min=1)
 
 
-class RoutingInformation(Metric):
+class RoutingInformation(Sums):
     """What the expert says about a label of the token, such as its speaker or language.
 
     Mutual information over assignments, ``sum p(e, z) log(p(e, z) / (p(e) p(z)))``. Computes ``{"nats": [L],
@@ -178,14 +175,13 @@ class RoutingInformation(Metric):
         num_labels: labels; they are 0, 1, ..., and negative ones are left out.
     """
 
-    full_state_update = False
     joint: Tensor
 
     def __init__(self, num_layers: int, num_experts: int, num_labels: int) -> None:
         super().__init__()
         self.num_layers, self.num_labels = num_layers, num_labels
         shape = num_layers, num_experts, num_labels
-        self.add_state("joint", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sum("joint", *shape)
 
     def update(self, routings: Sequence[Routing], labels: Int[Tensor, "B S"] | Sequence[Tensor]) -> None:
         """Add a batch and the label of each of its tokens; one tensor for each layer where layers have other tokens.
