@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 import switchkit
@@ -26,12 +27,12 @@ from switchkit.losses.base import Loss, LossFactory
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
-from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, learning_rate
+from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, last_step, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
 from switchkit.records import Routing
 from switchkit.registry import full_path, name_of
-from switchkit.spec import build, describe, describe_object
+from switchkit.spec import build, describe, described_data
 from switchkit.start import begin, later
 from switchkit.step import MicroBatch, NonFiniteError, Seen, Step, gradient_scale, weighted_means
 from switchkit.step_callback import StepCallback
@@ -112,7 +113,7 @@ class LanguageModule(L.LightningModule):
         # Within `later` a model without memory, and what draws its values; a subclass may look at them.
         with later(False) if type(self) is not LanguageModule else nullcontext():
             self.net, self.start = begin(partial(net or Decoder, vocab_size=size, moe=moe))
-        self.losses: list[Loss] = [factory() for factory in ([Balance] if losses is None else losses)]
+        self.losses = _built([Balance] if losses is None else losses)
         names = [name_of(type(term)) for term in self.losses]
         # A second one of a kind is logged beside the first, not over it.
         self._loss_names = [
@@ -135,6 +136,12 @@ class LanguageModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_optimizer(self.optimizer)
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and data is not None and described_data(data) is None:
+            rank_zero_warn(
+                f"{type(data).__name__} cannot be written into a checkpoint (it was made with more than numbers, text "
+                "and parts): commands on this run's checkpoints need --data again"
+            )
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
         # What a run left behind that broke off in the middle of a step belongs to no other.
@@ -155,8 +162,9 @@ class LanguageModule(L.LightningModule):
         out, learned, named = self._learn(batch)
         found = step_stats(out.routings, learned)
         targets = count_targets(batch["targets"], batch.get("valid"))
-        broken = ~torch.isfinite(learned.detach())
-        micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"], broken))
+        if self._trainer is None:
+            self._step.clear()  # called by hand, each is a step of its own
+        micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"]))
         terms = [self._term(term, out.routings).to(learned.device) for term in self.losses]
         routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
         loss = learned + routing
@@ -189,7 +197,11 @@ class LanguageModule(L.LightningModule):
     def _term(self, term: Loss, routings: tuple[Routing, ...]) -> Tensor:
         """One loss on the records, with the counts of its scope where that is more than the micro-batch."""
         load = None if term.scope == "micro" else self._step.load(term.scope)
-        return term(routings) if load is None else term(routings, load)  # type: ignore[call-arg]
+        value = term(routings) if load is None else term(routings, load)  # type: ignore[call-arg]
+        if not isinstance(value, Tensor) or value.dim():
+            got = list(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"the loss {type(term).__name__} must return a tensor without dimensions; got {got}")
+        return value
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
         self.evaluation.update(self._run(batch), batch)
@@ -237,7 +249,7 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         decay, spare = decay_groups(self)
         optimizer = self.optimizer([{"params": decay}, {"params": spare, "weight_decay": 0.0}])
-        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        steps = last_step(self.trainer)
         if not math.isfinite(steps):
             if self.schedule != "constant":
                 raise ValueError(
@@ -255,6 +267,8 @@ class LanguageModule(L.LightningModule):
         Raises:
             NonFiniteError: a router was given NaN or infinity, or the loss is one; the weights are still good.
         """
+        if not self._step.batches:
+            return  # a subclass has a training_step of its own
         bad = self._step.bad()
         accumulate = self.trainer.accumulate_grad_batches
         scale = gradient_scale(self._step.batches, accumulate)
@@ -270,7 +284,8 @@ class LanguageModule(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             self._log_training()
         self._step.batches.clear()
 
@@ -347,7 +362,7 @@ class LanguageModule(L.LightningModule):
             "format_version": checkpoints.FORMAT_VERSION,
             "version": switchkit.__version__,
             "model": self.spec,
-            "data": None if data is None else describe_object(data),
+            "data": None if data is None else described_data(data),
             "source": source,
             **({"hugging_face": self.hugging_face} if self.hugging_face else {}),
             "train_routing": self._counted_since_log(),
@@ -411,3 +426,18 @@ class LanguageModule(L.LightningModule):
         module.load_state_dict(content["state_dict"])
         module.on_load_checkpoint(content)
         return module.to(map_location)
+
+
+def _built(losses: Sequence[LossFactory]) -> list[Loss]:
+    """The terms of the loss.
+
+    Raises:
+        ValueError: no list, or a loss that lacks what `Loss` sets.
+    """
+    if not isinstance(losses, (list, tuple)):
+        raise ValueError(f"losses must be a list of classes or functools.partials, such as [Balance]; got {losses!r}")
+    built = [factory() for factory in losses]
+    for term in built:
+        if not hasattr(term, "weight"):
+            raise ValueError(f"the loss {type(term).__name__} has no weight: call super().__init__(weight) in its own")
+    return built

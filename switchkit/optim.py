@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import lightning as L
 import torch
 from torch import nn
 
 from switchkit.routing.base import Router
 
-__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "learning_rate"]
+__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "last_step", "learning_rate"]
 
 
 class OptimizerFactory(Protocol):
@@ -41,6 +42,13 @@ def check_optimizer(factory: OptimizerFactory) -> None:
         value = getattr(made, "defaults", {}).get(option)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"optimizer {type(made).__name__}: {option} must be a finite number; got {value}")
+
+
+def last_step(trainer: L.Trainer) -> float:
+    """The optimizer step that a run ends with, by `max_steps` or `max_epochs`; infinite where nothing ends it."""
+    steps = trainer.estimated_stepping_batches
+    # Lightning says -1 of data without a length.
+    return math.inf if steps < 0 else steps
 
 
 def learning_rate(warmup: int, steps: int, schedule: str, final: float, step: int) -> float:

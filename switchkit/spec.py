@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import lightning as L
@@ -18,13 +19,14 @@ import torch
 from torch import nn
 
 from switchkit.capacity.base import CapacityPolicy
+from switchkit.data.base import ResumableData
 from switchkit.data.objectives import Objective
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.dispatch.base import Dispatcher
 from switchkit.losses.base import Loss
 from switchkit.registry import full_path, resolve
 
-__all__ = ["OnMeta", "build", "describe", "describe_object", "find_class"]
+__all__ = ["OnMeta", "build", "describe", "describe_object", "described_data", "find_class"]
 
 # What a file may name. Anything else that is imported (subprocess.Popen, say) stays out of its reach.
 ALLOWED = (
@@ -48,6 +50,8 @@ def describe(value: Any, where: str = "value") -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -75,6 +79,20 @@ def describe_object(value: Any) -> dict[str, Any]:
     names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
     given = {name: getattr(value, name) for name in names if hasattr(value, name)}
     return {"class_path": full_path(type(value)), "init_args": {n: describe(v, n) for n, v in given.items()}}
+
+
+def described_data(data: L.LightningDataModule) -> dict[str, Any] | None:
+    """`describe_object` of a data module; None for one of somebody else's that was made with what is no plain data.
+
+    Raises:
+        ValueError: one of switchkit's kind was.
+    """
+    try:
+        return describe_object(data)
+    except ValueError:
+        if isinstance(data, ResumableData):
+            raise
+        return None
 
 
 def build(spec: Any) -> Any:

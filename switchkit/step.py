@@ -26,18 +26,15 @@ class Seen:
     """Real tokens."""
     bad: Int[Tensor, "L"]
     """Tokens that a router could not score."""
-    broken: Int[Tensor, ""]
-    """1: the cross-entropy is not finite."""
 
     def everywhere(self) -> Seen:
         """The sums over all devices: one all-reduce, which every device takes part in."""
         layers, experts = self.load.shape
-        parts = (self.targets.view(1), self.broken.view(1), self.load.flatten(), self.tokens, self.bad)
+        parts = (self.targets.view(1), self.load.flatten(), self.tokens, self.bad)
         every = torch.cat([part.long() for part in parts])
         dist.all_reduce(every)
-        sizes = [1, 1, layers * experts, layers, layers]
-        targets, broken, load, tokens, bad = every.split_with_sizes(sizes)
-        return Seen(targets.view(()), load.view(layers, experts), tokens, bad, broken.view(()))
+        targets, load, tokens, bad = every.split_with_sizes([1, layers * experts, layers, layers])
+        return Seen(targets.view(()), load.view(layers, experts), tokens, bad)
 
     def counts(self) -> Int[Tensor, "L columns"]:
         """`load`, and `tokens` as one more column: what adds up over the micro-batches of a step."""
@@ -94,8 +91,10 @@ class Step:
     def count(self, micro: MicroBatch) -> None:
         """Add up what callbacks and losses of a scope beyond the micro-batch read."""
         own, every = micro.own.counts(), micro.every.counts()
-        before = self._counts
-        self._counts = (own, every) if before is None else (before[0] + own, before[1] + every)
+        if self._counts is not None:
+            # Those of a checkpoint are read before the model is on its device.
+            own, every = self._counts[0].to(own.device) + own, self._counts[1].to(own.device) + every
+        self._counts = own, every
 
     def load(self, scope: Literal["rank", "global"]) -> Int[Tensor, "L E"] | None:
         """Chosen assignments of this device or of all devices; None: nothing was counted."""
@@ -112,9 +111,11 @@ class Step:
         return torch.stack([batch.every.bad for batch in self.batches]).sum(0)
 
     def broken(self) -> Int[Tensor, ""]:
-        """How often the cross-entropy of a device, or the loss of this one, was not finite."""
-        found = [b.every.broken + ~torch.isfinite((b.values or {})["loss"]) for b in self.batches]
-        return torch.stack(found).sum()
+        """How many losses were not finite, over all devices: all of them stop before one steps."""
+        found = torch.stack([~torch.isfinite((batch.values or {})["loss"]) for batch in self.batches]).sum()
+        if self.batches[0].devices > 1:
+            dist.all_reduce(found)
+        return found
 
     def take_counts(self) -> Int[Tensor, "L columns"] | None:
         """Those of all devices, `tokens` in the last column; the next step begins to count."""

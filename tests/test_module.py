@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
 
-from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK
+from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK, checkpoints
 from switchkit.callbacks import SaveLast
+from switchkit.callbacks.save import checkpoint_folder
+from switchkit.losses.base import Loss
 from switchkit.optim import check_optimizer, decay_groups, learning_rate
 from switchkit.sampling import sample
 from switchkit.step import NonFiniteError, Seen
@@ -64,6 +66,103 @@ def test_a_cosine_needs_a_last_step(tmp_path: Path) -> None:
     loop.fit(module(source, schedule="constant"), source)
     assert loop.global_step > 0
     assert loop.optimizers[0].param_groups[0]["lr"] == 3e-3
+
+
+def test_the_cosine_ends_with_the_epochs_where_they_end_first(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=1000, max_epochs=1)
+    loop.fit(module(source), source)
+    assert 10 < loop.global_step < 100
+    assert loop.optimizers[0].param_groups[0]["lr"] < 0.12 * 3e-3
+
+
+@pytest.mark.parametrize("options", [{"log_every_n_steps": 0}, {"barebones": True}], ids=str)
+def test_a_run_that_logs_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    source = data(tmp_path)
+    none = dict.fromkeys(("enable_progress_bar", "enable_checkpointing", "logger", "enable_model_summary"), False)
+    loop = L.Trainer(accelerator="cpu", max_steps=3, default_root_dir=tmp_path, **none, **options)
+    loop.fit(module(source), source)
+    assert loop.global_step == 3
+
+
+class Own(Loss):
+    """Somebody's, which gives what it was made with."""
+
+    def __init__(self, found: Any, begun: bool = True) -> None:
+        if begun:
+            super().__init__(1.0)
+        self.found = found
+
+    def __call__(self, routings: Any) -> Any:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        (Balance, "losses must be a list of classes or functools.partials"),
+        ([partial(Own, found=1.0, begun=False)], "the loss Own has no weight: call super"),
+        ([partial(Own, found=0.5)], "the loss Own must return a tensor without dimensions; got 0.5"),
+        ([partial(Own, found=[1, 2])], "the loss Own must return a tensor without dimensions; got \\[1, 2\\]"),
+    ],
+)
+def test_losses_that_are_none(tmp_path: Path, losses: Any, text: str) -> None:
+    source = data(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        module(source, losses=losses).training_step(next(iter(source.train_dataloader())), 0)
+
+
+class OwnStep(LanguageModule):
+    """With nothing of the counting."""
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return self(batch["tokens"]).square().mean()
+
+
+def test_a_subclass_may_have_a_step_of_its_own(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = OwnStep(NET, moe=MOE, tokenizer=source.tokenizer)
+    loop = trainer(tmp_path, steps=3)
+    loop.fit(model, source)
+    assert loop.global_step == 3
+
+
+def test_steps_by_hand_are_steps_of_their_own(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    model = module(source, net=partial(NET, dropout=0.0), moe=TOP2)
+    batch = next(iter(source.train_dataloader()))
+    half = {name: value[:2] for name, value in batch.items()}
+    losses = [float(model.training_step(given, 0)["loss"].detach()) for given in (batch, half, batch)]
+    assert losses[0] == losses[2]
+    assert len(model._step.batches) == 1
+
+
+class OwnData(L.LightningDataModule):
+    """Somebody's, made with a path and a function."""
+
+    def __init__(self, root: Path, transform: Any = None) -> None:
+        super().__init__()
+        self.root, self.transform = root, transform
+
+    def train_dataloader(self) -> Any:
+        return data(self.root).train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return data(self.root).val_dataloader()
+
+
+def test_data_of_ones_own_need_no_description(tmp_path: Path) -> None:
+    model = module(data(tmp_path))
+    loop = trainer(tmp_path, SaveLast(2), steps=2)
+    with pytest.warns(UserWarning, match="OwnData cannot be written into a checkpoint"):
+        loop.fit(model, OwnData(tmp_path, transform=lambda batch: batch))
+    path = checkpoint_folder(loop) / "last.ckpt"
+    assert checkpoints.read(path)["switchkit"]["data"] is None
+    LanguageModule.load_from_checkpoint(path)
+    loop = trainer(tmp_path, SaveLast(2), steps=2)
+    loop.fit(model, OwnData(tmp_path))
+    found = checkpoints.read(checkpoint_folder(loop) / "last.ckpt")["switchkit"]["data"]
+    assert found["init_args"] == {"root": str(tmp_path), "transform": None}
 
 
 @pytest.mark.parametrize(
@@ -186,13 +285,14 @@ def test_a_balance_loss_counts_over_its_scope(
     model = LanguageModule(
         NET, moe=TOP2, losses=[partial(Balance, weight=1.0, layers=layers, scope=scope)], vocab_size=11
     )
+    # Without a trainer each would be a step of its own.
+    model._trainer = SimpleNamespace(world_size=ranks, callbacks=[])
     if ranks == 2:
-        model._trainer = SimpleNamespace(world_size=2, callbacks=[])
         # Twice everything, and what the other rank has more.
         monkeypatch.setattr(
             Seen,
             "everywhere",
-            lambda own: Seen(2 * own.targets, 2 * own.load + more[:, :3], 2 * own.tokens, own.bad, own.broken),
+            lambda own: Seen(2 * own.targets, 2 * own.load + more[:, :3], 2 * own.tokens, own.bad),
         )
     batches = [{"tokens": torch.randint(0, 11, (3, 8)), "targets": torch.randint(0, 11, (3, 8))} for _ in range(2)]
     model.eval()  # the records are the same again below

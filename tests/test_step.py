@@ -17,7 +17,7 @@ LINEAR: Any = {"losses": [partial(RouterZ, weight=0.1)], "steps": 2}
 
 def seen(targets: int, tokens: int) -> Seen:
     zero = torch.zeros(1, dtype=torch.long)
-    return Seen(torch.tensor(targets), torch.tensor([[tokens]]), torch.tensor([tokens]), zero, torch.tensor(False))
+    return Seen(torch.tensor(targets), torch.tensor([[tokens]]), torch.tensor([tokens]), zero)
 
 
 def test_micro_batches_of_uneven_padding_equal_one_big_batch() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
+from switchkit.optim import last_step
+
 __all__ = ["TrainingBar"]
 
 
@@ -24,6 +26,7 @@ class TrainingBar(ProgressBar):
     Training loss, validation bits per token, tokens per second (validation not counted), worst load imbalance (largest
     over mean load of any sparse layer) and share of dropped assignments. Values are read every `refresh_rate` steps,
     so that nothing waits for the device in between. Where the output is no terminal, one line per validation instead.
+    Of other modules and data it shows what they have of it.
 
     Args:
         refresh_rate: optimizer steps between two updates.
@@ -51,23 +54,27 @@ class TrainingBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._moment = time.perf_counter()
-        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        steps = last_step(trainer)
         self._open("training", None if steps == math.inf else int(steps), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._tokens += batch["tokens"].numel() * trainer.world_size
+        if isinstance(batch, Mapping) and "tokens" in batch:
+            self._tokens += batch["tokens"].numel() * trainer.world_size
         if trainer.global_step % self.refresh_rate and trainer.global_step != trainer.max_steps:
             return
         now = time.perf_counter()
         self._seconds += now - self._moment
         self._moment = now
-        # Lightning has divided it among the batches of a step.
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._shown |= {"loss": f"{loss:.3f}", "tokens/s": f"{self._tokens / self._seconds:,.0f}"}
-        if outputs.get("stats") is not None and outputs["stats"]["load"].numel():
-            self._shown |= _routing(outputs["stats"])
+        found = outputs if isinstance(outputs, Mapping) else {}
+        if found.get("loss") is not None:
+            # Lightning has divided it among the batches of a step.
+            self._shown["loss"] = f"{float(found['loss']) * trainer.accumulate_grad_batches:.3f}"
+        if self._tokens:
+            self._shown["tokens/s"] = f"{self._tokens / self._seconds:,.0f}"
+        if found.get("stats") is not None and found["stats"]["load"].numel():
+            self._shown |= _routing(found["stats"])
         self._update(trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -142,9 +142,9 @@ def ddp_collectives(
 
 
 def _step_counts(exchanges: Sequence[Exchange], group: Group, accumulate: int) -> Collective:
-    """What `switchkit.step.Seen.everywhere` sums in each micro-batch."""
+    """What `switchkit.step.Seen.everywhere` sums in each micro-batch, and one flag of the step."""
     layers, most = len(exchanges), max((each.num_experts for each in exchanges), default=0)
-    return Collective("all_reduce", "counts", group, 8 * accumulate * (2 + layers * (most + 2)))
+    return Collective("all_reduce", "counts", group, 8 * (1 + accumulate * (1 + layers * (most + 2))))
 
 
 def seconds(parts: Sequence[Collective], gpu: Gpu, what: set[str]) -> float:

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from rich.console import Console
 from small import data, module, trainer
 
@@ -49,6 +51,16 @@ def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path) -> No
     lines = shown(tmp_path, terminal=False).splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "7"], ["step", "14"]]
     assert all(word in line for line in lines for word in ("loss", "val bits", "tokens/s", "imbalance", "dropped"))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+def test_a_module_of_another_kind(tmp_path: Path) -> None:
+    bar = TrainingBar(refresh_rate=1)
+    L.Trainer(
+        accelerator="cpu", max_steps=2, limit_val_batches=1, callbacks=[bar], logger=False, enable_checkpointing=False,
+        default_root_dir=tmp_path, enable_model_summary=False,
+    ).fit(BoringModel())  # fmt: skip
+    assert list(bar._shown) == ["loss"]
 
 
 def test_bad_refresh_rate() -> None:

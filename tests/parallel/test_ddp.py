@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from distributed import Ranks, run
 from equal import MOE, Case, Loader, Observed, alone, as_rank, as_ranks, differences, distance, one_by_one, train, worst
 from small import data, module
+from torch import Tensor
 
 from switchkit import Balance, ExpertChoice, Factor, MoELayer, RouterZ, Sigmoid
 from switchkit.callbacks import UpdateRouterBias
@@ -90,7 +92,7 @@ def own_counts(rank: int, world: int, case: Case) -> Observed:
 
     def faulty(self: Seen) -> Seen:
         every = everywhere(self)
-        return Seen(every.targets, self.load, every.tokens, every.bad, every.broken)
+        return Seen(every.targets, self.load, every.tokens, every.bad)
 
     Seen.everywhere = faulty  # type: ignore[method-assign]
     return as_rank(rank, world, case, "ddp")
@@ -220,6 +222,30 @@ def poisoned(rank: int, world: int, case: Case) -> str:
     except NonFiniteError as error:
         return str(error)
     return "nothing was raised"
+
+
+class Infinite(Balance):
+    """A term that is infinite on the second rank, whose cross-entropy is good."""
+
+    def __call__(self, routings: Any, counts: Any = None) -> Tensor:
+        found = super().__call__(routings, counts)
+        return found / 0 if dist.get_rank() == 1 else found
+
+
+def infinite(rank: int, world: int, case: Case) -> tuple[str, bool]:
+    batches = [shares[rank] for shares in case.batches()]
+    model = replace(case, losses=[Infinite]).module()
+    try:
+        loop(rank, world, Path()).fit(model, Loader(batches), Loader(batches[:1]))
+    except NonFiniteError as error:
+        return str(error), all(bool(weight.isfinite().all()) for weight in model.parameters())
+    return "nothing was raised", False
+
+
+def test_a_term_that_is_infinite_on_one_rank_stops_all_ranks() -> None:
+    for told, whole in run(2, infinite, Case(padded=False)):
+        assert "non-finite loss at step 1" in told
+        assert whole
 
 
 def test_a_rank_with_nan_stops_all_ranks() -> None:
