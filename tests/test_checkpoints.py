@@ -10,20 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from switchkit import checkpoints
-from switchkit.checkpoints import AtomicCheckpointIO
+from switchkit.checkpoints import AtomicCheckpointIO, settling_later
 
 
 def save(path: Path, step: int = 3, **more: object) -> Path:
     ours = {"format_version": 1, "version": "0", "model": {"class_path": "switchkit.models.Decoder", "init_args": {}}}
     content = {"state_dict": {"w": torch.ones(1000)}, "global_step": step, "switchkit": {**ours, **more}}
-    files = AtomicCheckpointIO()
-    files.save_checkpoint(content, path)
-    files.wait()
+    AtomicCheckpointIO().save_checkpoint(content, path)
     return path
 
 
@@ -48,7 +48,7 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
         "import sys, torch; from switchkit.checkpoints import AtomicCheckpointIO\n"
         "w = torch.ones(400_000)\n"
         "ours = {'format_version': 1, 'version': '0', 'model': {}}\n"
-        "files = AtomicCheckpointIO()\n"
+        "files = AtomicCheckpointIO(); files._later = True\n"
         "print('ready', flush=True)\n"
         "while True: files.save_checkpoint({'state_dict': {'w': w}, 'switchkit': ours}, sys.argv[1])"
     )
@@ -68,7 +68,8 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
 
 def test_copies_save_by_themselves(tmp_path: Path) -> None:
     files = AtomicCheckpointIO()
-    files.save_checkpoint({"state_dict": {}, "switchkit": {"format_version": 1}}, tmp_path / "a.ckpt")
+    with settling_later(trainer_with(files)):
+        files.save_checkpoint({"state_dict": {}, "switchkit": {"format_version": 1}}, tmp_path / "a.ckpt")
     for again in (copy.deepcopy(files), pickle.loads(pickle.dumps(files))):
         again.save_checkpoint({"state_dict": {}, "switchkit": {"format_version": 1}}, tmp_path / "b.ckpt")
         again.wait()
@@ -77,15 +78,28 @@ def test_copies_save_by_themselves(tmp_path: Path) -> None:
     assert checkpoints.intact(tmp_path / "a.ckpt")
 
 
-def test_an_error_while_settling_is_raised_at_the_next_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def trainer_with(files: AtomicCheckpointIO) -> Any:
+    return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=files))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_error_while_settling_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
+    """By the save itself, or by the next wait."""
     path = save(tmp_path / "a.ckpt", step=1)
+    files = AtomicCheckpointIO()
 
     def full(*rest: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path / "a.ckpt", step=2)
+    if later:
+        with settling_later(trainer_with(files)):
+            files.save_checkpoint({"global_step": 2}, path)
+        with pytest.raises(OSError, match="No space left"):
+            files.wait()
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            files.save_checkpoint({"global_step": 2}, path)
     assert checkpoints.read(path)["global_step"] == 1
     assert os.listdir(tmp_path) == ["a.ckpt"]
 

@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from switchkit.checkpoints import settling_later
 from switchkit.step import NonFiniteError
 
 __all__ = ["SaveBest", "SaveLast", "checkpoint_folder"]
@@ -43,6 +45,10 @@ class SaveLast(Checkpoint):
         self._saved_at = -1
         self._stepped_at = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:
+            self.path, self._saved_at = None, -1
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stepped_at = trainer.global_step
 
@@ -73,7 +79,8 @@ class SaveLast(Checkpoint):
             )
         path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "last.ckpt")
         self._saved_at = trainer.global_step
-        trainer.save_checkpoint(path, weights_only=False)
+        with settling_later(trainer):
+            trainer.save_checkpoint(path, weights_only=False)
         self.path = path
 
 
@@ -95,6 +102,22 @@ class SaveBest(Checkpoint):
         self.path: Path | None = None
         self.value = math.inf
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:
+            self.path, self.value = None, math.inf
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warns of validations that fall into the middle of an optimizer step."""
+        every, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
+        # An epoch's last step may be a short one.
+        ends = every == trainer.num_training_batches and trainer.check_val_every_n_epoch is not None
+        if isinstance(every, int) and every % accumulate and trainer.enable_validation and not ends:
+            rank_zero_warn(
+                f"validation every {every} batches falls into the middle of optimizer steps of {accumulate}, whose "
+                "gradients best.ckpt does not hold: a run that goes on from it lacks a part of one step. last.ckpt is "
+                f"always saved between steps; a val_check_interval that is a multiple of {accumulate} avoids it"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {"path": None if self.path is None else str(self.path), "value": self.value}
 
@@ -111,4 +134,5 @@ class SaveBest(Checkpoint):
         if value < self.value:
             self.value = value
             self.path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "best.ckpt")
-            trainer.save_checkpoint(self.path, weights_only=False)
+            with settling_later(trainer):
+                trainer.save_checkpoint(self.path, weights_only=False)

@@ -3,7 +3,7 @@
 from switchkit.checkpoints.content import FORMAT_VERSION, check_classes, check_weights
 from switchkit.checkpoints.folder import outline, read_folder, read_tensor, write_folder
 from switchkit.checkpoints.reading import intact, last, read, read_settings
-from switchkit.checkpoints.writing import AtomicCheckpointIO
+from switchkit.checkpoints.writing import AtomicCheckpointIO, settling_later
 
 __all__ = [
     "FORMAT_VERSION",
@@ -16,6 +16,7 @@ __all__ = [
     "read",
     "read_folder",
     "read_settings",
+    "settling_later",
     "read_tensor",
     "write_folder",
 ]

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from switchkit.checkpoints.reading import read
 from switchkit.files import put
 
-__all__ = ["AtomicCheckpointIO"]
+__all__ = ["AtomicCheckpointIO", "settling_later"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written to a temporary file in the same folder and moved into place.
 
-    A run killed while it saves, or a full disk, leaves the file that was there before. The wait for the disk (fsync)
-    and the move happen in a thread while training goes on; the next save, a load and the end of the run wait for them,
-    and raise what went wrong there.
+    A run killed while it saves, or a full disk, leaves the file that was there before. Within `settling_later` the wait
+    for the disk (fsync) and the move happen in a thread while training goes on; the next save, a load and the end of
+    the run wait for them, and raise what went wrong there. Otherwise the file is in its place when the call returns.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._later = False
         self._settling: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -44,6 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        if not self._later:
+            _settle(temporary, target)
+            return
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._settling = self._thread.submit(_settle, temporary, target)
 
@@ -63,6 +70,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         settling, self._settling = self._settling, None
         if settling is not None:
             settling.result()
+
+
+@contextmanager
+def settling_later(trainer: L.Trainer) -> Iterator[None]:
+    """Saves of a running fit, which need not wait for the disk: its end will."""
+    io = trainer.strategy.checkpoint_io
+    if not isinstance(io, AtomicCheckpointIO):
+        yield
+        return
+    io._later = True
+    try:
+        yield
+    finally:
+        io._later = False
 
 
 def _settle(temporary: Path, target: Path) -> None:

@@ -21,11 +21,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from switchkit import checkpoints
 
     content = checkpoints.read(source)
-    writer = checkpoints.AtomicCheckpointIO()
-    try:
-        writer.save_checkpoint(content, target)
-    finally:
-        writer.teardown()
+    checkpoints.AtomicCheckpointIO().save_checkpoint(content, target)
     tensors = len(content["state_dict"])
     print(f"{target}: step {content['global_step']}, {tensors} tensors of the model, {target.stat().st_size:,} bytes")
     return 0

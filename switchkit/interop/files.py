@@ -50,11 +50,7 @@ def save_checkpoint(
     }
     module.on_save_checkpoint(content)
     content["switchkit"] |= {name: value for name, value in (("data", data), ("source", source)) if value is not None}
-    writer = checkpoints.AtomicCheckpointIO()
-    try:
-        writer.save_checkpoint(content, path)
-    finally:
-        writer.teardown()
+    checkpoints.AtomicCheckpointIO().save_checkpoint(content, path)
 
 
 def open_checkpoint(path: str | Path) -> LanguageModule:

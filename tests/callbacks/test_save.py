@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from pathlib import Path
 
 import lightning as L
@@ -55,6 +58,46 @@ def test_best_is_the_lowest_over_resumed_parts(tmp_path: Path) -> None:
     resumed = SaveBest()
     resumed.load_state_dict(best.state_dict())
     assert resumed.path is None
+
+
+def test_callbacks_serve_run_after_run(tmp_path: Path) -> None:
+    last, best = SaveLast(100), SaveBest()
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        source = data(folder)
+        model = module(source)
+        if folder.name == "two":
+            # Much worse than the first one's best.
+            model.net.embed.weight.data *= 30
+        loop = L.Trainer(
+            accelerator="cpu", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None, logger=False,
+            default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, callbacks=[last, best],
+        )  # fmt: skip
+        loop.fit(model, source)
+        assert sorted(path.name for path in folder.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_file_saved_by_hand_is_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run as within it, however slow the disk; those of the run itself settle while it goes on."""
+    slept: list[str] = []
+
+    def slow(file: int) -> None:
+        slept.append(threading.current_thread().name)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=5)
+    loop.fit(module(source), source)
+    assert all(name.startswith("checkpoint") for name in slept)
+    loop.save_checkpoint(tmp_path / "mine.ckpt")
+    assert step_of(tmp_path / "mine.ckpt") == 5
+
+
+def test_validation_within_a_step_is_warned_of(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    with pytest.warns(UserWarning, match="validation every 7 batches falls into the middle of optimizer steps of 3"):
+        trainer(tmp_path, steps=3, accumulate_grad_batches=3, val_check_interval=7).fit(module(source), source)
 
 
 def test_fast_dev_run_saves_nothing(tmp_path: Path) -> None:
