@@ -58,6 +58,8 @@ class Routing:
     """Chosen assignments per expert, before the drop."""
     taken: Int[Tensor, "G E"] | None = None
     """Kept assignments per expert, where that is not the load up to the capacity (overflow that went elsewhere)."""
+    asked: Int[Tensor, "G N"] | None = None
+    """The expert that the router chose, where overflow went elsewhere; None: `expert`. Balance losses read this one."""
     share: Float[Tensor, "G N"] | None = None
     """Part of the token in its slot, where slots are mixtures of tokens (Soft MoE); None: 1."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -106,6 +108,7 @@ def mean_square_logsumexp(routing: Routing) -> Float[Tensor, ""]:
 # What losses read beyond that. `rows` is 1 for the batch as a whole, or `num_sequences(routing)` for each sequence.
 
 __all__ += [
+    "asked_expert",
     "count_choices",
     "count_sent",
     "count_tokens",
@@ -132,11 +135,17 @@ def kept_ones(routing: Routing) -> Bool[Tensor, "G N"]:
     return routing.kept
 
 
-def experts_of(routing: Routing) -> Bool[Tensor, "G S E"]:
-    """Which experts each token was sent to, dropped or not."""
+def asked_expert(routing: Routing) -> Int[Tensor, "G N"]:
+    """The expert that the router chose for each assignment, wherever the capacity policy sent it."""
+    return routing.expert if routing.asked is None else routing.asked
+
+
+def experts_of(routing: Routing, *, asked: bool = False) -> Bool[Tensor, "G S E"]:
+    """Which experts each token was sent to, dropped or not; `asked`: those that the router chose."""
     groups, size, experts = routing.logits.shape
+    expert = asked_expert(routing) if asked else routing.expert
     found = torch.zeros(groups, size * experts, dtype=torch.long, device=routing.token.device)
-    found.scatter_add_(1, routing.token * experts + routing.expert, routing.chosen.long())
+    found.scatter_add_(1, routing.token * experts + expert, routing.chosen.long())
     return found.view(groups, size, experts) > 0
 
 
@@ -164,6 +173,8 @@ def count_tokens(routing: Routing, rows: int = 1) -> Int[Tensor, "rows"]:
 def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first: bool = False) -> Int[Tensor, "rows E"]:
     """Chosen assignments per expert; `kept`: those within capacity only, `first`: the first choice of each token only.
 
+    Overflow that went elsewhere counts for the expert that the router chose; of what is kept, for the one that has it.
+
     Raises:
         ValueError: a routing that was not placed, or first choices where tokens make no list of k choices.
     """
@@ -178,13 +189,13 @@ def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first:
             )
         # The list runs token by token, so choice j of token t is at t * k + j.
         made = made & (torch.arange(made.shape[1], device=made.device) % routing.k == 0)
-    return _count(routing, routing.expert, made, routing.logits.shape[-1], rows)
+    return _count(routing, routing.expert if kept else asked_expert(routing), made, routing.logits.shape[-1], rows)
 
 
 def count_sent(routing: Routing, devices: int, rows: int = 1) -> Int[Tensor, "rows devices"]:
-    """Tokens that some chosen assignment sends to each of `devices` equal runs of experts, each token counted once."""
+    """Tokens whose router chose some expert of each of `devices` equal runs, each token counted once."""
     groups, size, experts = routing.logits.shape
-    sent = experts_of(routing).view(groups, size, devices, experts // devices).any(-1)
+    sent = experts_of(routing, asked=True).view(groups, size, devices, experts // devices).any(-1)
     return _by_row(sent, rows).sum(1)
 
 
@@ -194,9 +205,9 @@ def sum_probs(routing: Routing, rows: int = 1) -> Float[Tensor, "rows E"]:
 
 
 def sum_weights(routing: Routing) -> Float[Tensor, "E"]:
-    """Sum of the weights of the chosen assignments of each expert, before the drop."""
+    """Sum of the weights of the chosen assignments of each expert that the router chose, before the drop."""
     weight = routing.weight.masked_fill(~routing.chosen, 0)
-    expert = routing.expert.masked_fill(~routing.chosen, 0)
+    expert = asked_expert(routing).masked_fill(~routing.chosen, 0)
     return weight.new_zeros(routing.logits.shape[-1]).scatter_add(0, expert.flatten(), weight.flatten())
 
 

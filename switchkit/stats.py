@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchkit.records import Routing, experts_of, kept_ones, load
+from switchkit.records import Routing, asked_expert, experts_of, kept_ones, load
 
 __all__ = [
     "bad_tokens",
@@ -83,7 +83,7 @@ def position(routing: Routing, length: int) -> Int[Tensor, "G S"]:
 
 
 def joint_counts(routing: Routing, labels: Int[Tensor, "B S"], num_labels: int) -> Int[Tensor, "E Z"]:
-    """Chosen assignments by expert and label (Z of them) of their token; negative labels are left out."""
+    """Assignments by the expert that the router chose and the label (Z of them) of their token, if not negative."""
     groups, size, experts = routing.logits.shape
     # A ragged last group is longer than the batch: what lies past it was never chosen.
     flat = labels.flatten()
@@ -92,4 +92,4 @@ def joint_counts(routing: Routing, labels: Int[Tensor, "B S"], num_labels: int) 
     counted = (routing.chosen & (label >= 0)).long()
     found = torch.zeros(experts, num_labels, dtype=torch.long, device=labels.device)
     # By two indices, so that a label out of range is an error and not another expert's.
-    return found.index_put_((routing.expert, label.clamp(min=0)), counted, accumulate=True)
+    return found.index_put_((asked_expert(routing), label.clamp(min=0)), counted, accumulate=True)

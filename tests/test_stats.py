@@ -105,3 +105,11 @@ def test_joint_counts_leave_out_negative_labels() -> None:
     """Six tokens on experts 1 and 2 each: labels 0 0 1 1 1 and none."""
     found = stats.joint_counts(collapsed(1, k=2), torch.tensor([[0, 0, 1, 1, 1, -1]]), 3)
     assert found.tolist() == [[0, 0, 0], [2, 3, 0], [2, 3, 0], [0, 0, 0]]
+
+
+def test_joint_counts_of_one_label_are_the_load() -> None:
+    """Of the router's choice, where overflow went elsewhere too."""
+    routing = routed(Case(router="switch", capacity="no_token_left_behind", capacity_options=(("eval", 1.0),)))
+    assert (routing.expert != routing.asked).any()
+    found = stats.joint_counts(routing, torch.zeros(3, 7, dtype=torch.long), 1)
+    assert torch.equal(found.squeeze(1), stats.load(routing))

@@ -19,9 +19,9 @@ class NoTokenLeftBehind(Factor):
     """What does not fit goes to the token's next-best expert that has room, in `rounds` rounds, and is dropped last.
 
     An assignment that moves from expert a to expert b keeps its weight times ``p_b / p_a``, that is p_b for raw
-    probabilities. `load` stays what the tokens asked for, so that a balance loss sees the overflow; `taken` is what the
-    experts got. The capacity is that of `factor`. Four rounds are Mesh TensorFlow's `ntlb_top_k`; the paper found no
-    gain in quality.
+    probabilities. `load` and `asked` stay what the tokens asked for, so that a balance loss sees the overflow; `taken`
+    and `expert` are what the experts got. The capacity is that of `factor`. Four rounds are Mesh TensorFlow's
+    `ntlb_top_k`; the paper found no gain in quality.
 
     Raises:
         ValueError: as `factor`; rounds below 1; a router whose tokens do not all make the same number of choices.
@@ -81,7 +81,8 @@ class NoTokenLeftBehind(Factor):
         tiny = torch.finfo(old.dtype).tiny
         weight = torch.where(moved, routing.weight * new / old.clamp(min=tiny), routing.weight)
         expert = torch.where(kept, expert, routing.expert)
-        return renormalize(replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken))
+        found = replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken, asked=routing.expert)
+        return renormalize(found)
 
     def _not_tried(self, routing: Routing) -> torch.Tensor:
         """[G, S, E]: experts that a token has not asked yet."""

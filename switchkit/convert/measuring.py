@@ -124,7 +124,7 @@ def _sums(routing: Routing) -> list[Tensor]:
     """What adds up over batches."""
     sent = experts_of(routing).flatten(0, 1).double()
     logits = routing.logits.double().masked_fill(~routing.valid.unsqueeze(-1), 0).flatten(0, 1)
-    arrived = sum_weights(replace(routing, chosen=kept_ones(routing)))
+    arrived = sum_weights(replace(routing, chosen=kept_ones(routing), asked=None))
     parts = [load(routing), arrived, count_tokens(routing), sent.t() @ sent, logits.t() @ logits]
     return [part.double().cpu() for part in parts]
 

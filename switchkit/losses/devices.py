@@ -91,7 +91,9 @@ class CommunicationBalance(Loss):
     """The balance loss on what each device receives: a token counts once, however many experts of a device it chose.
 
     ``sum_d f_d P_d`` over D devices, f_d = D / (M T) times the tokens sent to device d, P_d the sum of the mean
-    probabilities of its experts. 1 at uniform probabilities when every token goes to M devices.
+    probabilities of its experts. 1 at uniform probabilities when every token goes to M devices. What is counted is the
+    router's choice, as in the paper, whose token dropping comes after: a capacity policy that drops or moves a token
+    does not change it.
 
     Args:
         weight: the factor of this term in the loss; 0.02 is the paper's.

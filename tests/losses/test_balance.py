@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import oracle
 import pytest
@@ -12,7 +13,17 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as mixtral
 from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func as switch
 
-from switchkit import Balance, Routing, SequenceBalance, load
+from switchkit import (
+    Balance,
+    CommunicationBalance,
+    DeviceBalance,
+    MoELayer,
+    NoTokenLeftBehind,
+    Routing,
+    SequenceBalance,
+    Switch,
+    load,
+)
 from switchkit.capacity.base import place_by_arrival
 from switchkit.losses.balance import balance
 from switchkit.routing.base import token_choice
@@ -185,3 +196,35 @@ def test_sequences_are_found_whatever_the_groups(group) -> None:
 def test_groups_that_do_not_tile_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match=r"5 groups of 5 tokens do not tile a batch of 3 sequences.*group='sequence'"):
         SequenceBalance()([record(group=5)])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Balance(),
+        Balance(choices="first"),
+        Balance(per="sequence"),
+        Balance(per="group"),
+        SequenceBalance(),
+        DeviceBalance(),
+        DeviceBalance(per="sequence"),
+        CommunicationBalance(),
+        CommunicationBalance(per="sequence"),
+    ],
+    ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'choices', '')}-{getattr(loss, 'per', '')}",
+)
+def test_overflow_that_went_elsewhere_hides_no_collapse(loss) -> None:
+    """All tokens choose expert 0, a quarter fits and the rest is spread evenly: E times its mean probability, not 1."""
+    layer = MoELayer(8, 4, d_ff=8, router=Switch, capacity=partial(NoTokenLeftBehind, train=1.0)).double()
+    with torch.no_grad():
+        layer.router.weight.zero_()[0] = 1
+    torch.manual_seed(0)
+    _, r = layer(torch.rand(2, 16, 8, dtype=torch.float64))
+    assert r.load.tolist() == [[16, 0, 0, 0]] * 2
+    assert r.taken.tolist() == [[4] * 4] * 2
+    # One count of all its tokens, in each sequence as in the batch.
+    expected = 4 * sum(r.probs[b, s, 0] for b in range(2) for s in range(16)) / 32
+    assert expected > 3
+    assert oracle.error(loss([r]), expected) < 1e-12
+    # What was kept is with the experts that have it.
+    assert oracle.error(Balance(load="after")([r]), torch.ones(())) < 1e-6

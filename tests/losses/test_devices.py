@@ -77,3 +77,23 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
             loss([record()])
     with pytest.raises(ValueError, match="limit=3 devices of a token are more than devices=2"):
         CommunicationBalance(devices=2, limit=3)([record()])
+
+
+@pytest.mark.parametrize("devices", [2, 3, 6])
+def test_overflow_that_went_elsewhere_counts_for_the_router_s_choice(devices: int) -> None:
+    """Capacity policies come after the router's choice, as the paper's token dropping does."""
+    case = Case(k=2, num_experts=6, capacity="no_token_left_behind", capacity_options=(("eval", 0.8),))
+    layer, inputs = case.layer(), case.inputs()
+    moved = run(layer, *inputs)[1]
+    alone = layer.router(inputs[0].masked_fill(~inputs[1].unsqueeze(-1), 0), None, inputs[1], inputs[2])
+    assert (moved.expert != alone.expert).any()
+    device, communication = paper(alone, devices, 2, [0, 1, 2])
+    assert oracle.error(DeviceBalance(devices=devices)([moved]), device) < 1e-12
+    assert oracle.error(CommunicationBalance(devices=devices, limit=2)([moved]), communication) < 1e-12
+    pairs = [paper(alone, devices, 2, [row]) for row in range(3)]
+    each = (
+        DeviceBalance(devices=devices, per="sequence"),
+        CommunicationBalance(devices=devices, limit=2, per="sequence"),
+    )
+    for loss, terms in zip(each, zip(*pairs, strict=True), strict=True):
+        assert oracle.error(loss([moved]), sum(terms) / 3) < 1e-12

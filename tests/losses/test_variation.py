@@ -9,7 +9,7 @@ import pytest
 import torch
 from properties import Case, collapsed, run
 
-from switchkit import Importance, Load, Routing
+from switchkit import Importance, Load, NoTokenLeftBehind, Routing
 from switchkit.losses.variation import squared_variation
 from switchkit.records import smooth_load
 from switchkit.routing.base import softmax, token_choice
@@ -135,3 +135,12 @@ def test_a_router_without_noise_is_refused(change: dict) -> None:
 def test_collapse_is_the_worst() -> None:
     for k in (1, 2, 3):
         assert Importance()([collapsed(0, k=k)]).item() == pytest.approx(4 / k - 1)
+
+
+def test_importance_counts_overflow_for_the_router_s_choice() -> None:
+    """Three of four tokens for one expert find no room and go elsewhere: it still got all the weight, E - 1."""
+    routing = replace(collapsed(0, tokens=4), slot=None, kept=None, load=None)
+    moved = NoTokenLeftBehind().place(routing, 1, training=True)
+    assert moved.taken.tolist() == [[1] * 4]
+    weight = replace(moved, weight=torch.ones_like(moved.weight))
+    assert Importance()([weight]).item() == pytest.approx(3)
