@@ -129,7 +129,8 @@ def choices(draw: st.DrawFn) -> tuple[Routing, int]:
     torch.manual_seed(draw(st.integers(0, 1000)))
     probs = torch.randn(groups, size, experts, dtype=torch.float64).softmax(-1)
     weight, expert = probs.topk(k, dim=-1)
-    routing = token_choice(probs.log(), probs, expert, weight, torch.rand(groups, size) < 0.8)
+    chosen = torch.rand(groups, size, k) < draw(st.sampled_from([0.6, 1.0]))
+    routing = token_choice(probs.log(), probs, expert, weight, torch.rand(groups, size) < 0.8, chosen)
     return routing, draw(st.integers(1, 4))
 
 
@@ -202,6 +203,7 @@ def test_no_token_left_behind_in_rounds(drawn: tuple[Routing, int], rounds: int)
                     asked[n // k].add(wish[n])
         for n in range(routing.expert.shape[1]):
             assert bool(placed.kept[g, n]) == (n in seat)
+            assert placed.asked is None or placed.asked[g, n] == routing.expert[g, n]
             if n in seat:
                 assert placed.expert[g, n] == seat[n]
                 assert abs(placed.weight[g, n] - routing.probs[g, n // k, seat[n]]) < 1e-12
@@ -209,6 +211,27 @@ def test_no_token_left_behind_in_rounds(drawn: tuple[Routing, int], rounds: int)
         assert placed.load[g].tolist() == [
             sum(int(routing.expert[g, n]) == e for n in chosen) for e in range(len(taken))
         ]
+
+
+def test_overflow_may_go_where_the_router_sent_nothing() -> None:
+    """Six tokens for expert 0, two places each: the second-best expert, below the router's threshold, takes two."""
+    probs = torch.tensor([0.7, 0.2, 0.1]).expand(1, 6, 3)
+    weight, expert = probs.topk(2, dim=-1)
+    chosen = torch.tensor([True, False]).expand(1, 6, 2)
+    routing = token_choice(probs.log(), probs, expert, weight, torch.ones(1, 6, dtype=torch.bool), chosen)
+    placed = NoTokenLeftBehind().place(routing, 2, training=True)
+    assert placed.taken.tolist() == [[2, 2, 2]]
+    assert placed.expert[0, ::2].tolist() == [0, 0, 1, 1, 2, 2]
+    assert placed.kept[0].tolist() == [True, False] * 6
+
+
+def test_a_full_expert_takes_up_a_round() -> None:
+    """Four tokens want expert 0 and two expert 1: the two left find 1 full in the second round, and 2 in the third."""
+    probs = torch.tensor([[0.6, 0.3, 0.1]] * 4 + [[0.1, 0.6, 0.3]] * 2).unsqueeze(0)
+    weight, expert = probs.topk(1, dim=-1)
+    routing = token_choice(probs.log(), probs, expert, weight, torch.ones(1, 6, dtype=torch.bool))
+    for rounds, taken in ((1, [2, 2, 0]), (2, [2, 2, 0]), (3, [2, 2, 2])):
+        assert NoTokenLeftBehind(rounds=rounds).place(routing, 2, training=True).taken.tolist() == [taken]
 
 
 def test_overflow_needs_tokens_that_choose() -> None:

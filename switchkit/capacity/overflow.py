@@ -8,7 +8,7 @@ import torch
 
 from switchkit.capacity.base import place_by_arrival, renormalize
 from switchkit.capacity.policies import Factor, Rounding
-from switchkit.records import Routing
+from switchkit.records import Routing, experts_of
 from switchkit.registry import register
 
 __all__ = ["NoTokenLeftBehind"]
@@ -16,7 +16,11 @@ __all__ = ["NoTokenLeftBehind"]
 
 @register("no_token_left_behind")
 class NoTokenLeftBehind(Factor):
-    """What does not fit goes to the token's next-best expert that has room, in `rounds` rounds, and is dropped last.
+    """What does not fit asks the token's next-best expert, round by round, and is dropped after `rounds` rounds.
+
+    The first round is the router's own. An expert that is full already is asked all the same and takes up a round, as
+    in the paper, where the second stage sends to the second-best expert whether it has room or not. A choice that the
+    router did not make, such as a second one below a threshold, has asked nobody: its expert may be the next-best one.
 
     An assignment that moves from expert a to expert b keeps its weight times ``p_b / p_a``, that is p_b for raw
     probabilities. `load` and `asked` stay what the tokens asked for, so that a balance loss sees the overflow; `taken`
@@ -62,7 +66,7 @@ class NoTokenLeftBehind(Factor):
             return renormalize(asked)
         expert, slot, kept = asked.expert, asked.slot, asked.kept
         taken = asked.load.clamp(max=limit)
-        open_ = self._not_tried(asked)
+        open_ = ~experts_of(asked)
         for _ in range(self.rounds - 1):
             waiting = routing.chosen & ~kept
             expert, waiting, open_ = _next_best(routing, expert, waiting, open_)
@@ -83,12 +87,6 @@ class NoTokenLeftBehind(Factor):
         expert = torch.where(kept, expert, routing.expert)
         found = replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken, asked=routing.expert)
         return renormalize(found)
-
-    def _not_tried(self, routing: Routing) -> torch.Tensor:
-        """[G, S, E]: experts that a token has not asked yet."""
-        tried = torch.zeros_like(routing.logits, dtype=torch.bool).flatten(1)
-        where = routing.token * routing.logits.shape[-1] + routing.expert
-        return ~tried.scatter(1, where, True).view(routing.logits.shape)
 
 
 def _next_best(
