@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.capacity.base import CapacityFactory
+from switchkit.capacity.base import CapacityFactory, placed_by
 from switchkit.capacity.policies import Dropless
 from switchkit.dispatch.base import DispatcherFactory, sum_choices
 from switchkit.dispatch.sorted import Sorted
@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
         limit = self.capacity.limit(tokens.shape[1], self.num_experts, self.router.k, training=self.training)
         with full_precision(x.device):
             routing = self.router(tokens, limit, real, names)
-        routing = self.capacity.place(replace(routing, batch=batch), limit, training=self.training)
+        routing = placed_by(self.capacity, replace(routing, batch=batch), limit, training=self.training)
         rows = self.dispatcher.dispatch(tokens, routing)
         y = self.dispatcher.combine(self.experts(rows), rows, routing)
         if self.dropped != "zero":

@@ -51,13 +51,13 @@ class Routing:
     renormalize: bool = False
     """The capacity policy divides each token's weights by the sum of the kept ones."""
     slot: Int[Tensor, "G N"] | None = None
-    """Place in the expert's buffer, 0, 1, ... for the chosen ones; meaningless for others."""
+    """Place in the expert's buffer, 0, 1, ... for the kept ones; meaningless for others."""
     kept: Bool[Tensor, "G N"] | None = None
     """Chosen and within capacity. Dropped: chosen and not kept."""
     load: Int[Tensor, "G E"] | None = None
     """Chosen assignments per expert, before the drop."""
     taken: Int[Tensor, "G E"] | None = None
-    """Kept assignments per expert, where that is not the load up to the capacity (overflow that went elsewhere)."""
+    """Kept assignments per expert, where that is not the load up to the capacity (overflow elsewhere, more drops)."""
     asked: Int[Tensor, "G N"] | None = None
     """The expert that the router chose, where overflow went elsewhere; None: `expert`. Balance losses read this one."""
     share: Float[Tensor, "G N"] | None = None

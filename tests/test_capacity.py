@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from properties import collapsed
+from properties import Case, collapsed, compiles, dispatchers_agree, equals_the_loop, run
+from shapes import unchecked
 
 import switchkit.capacity.base
 from switchkit import CapacityPolicy, Dropless, Factor, Fixed, NoTokenLeftBehind, Routing, named, token_choice
@@ -305,3 +306,52 @@ def test_bad_numbers_are_refused(make, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert says in str(caught.value)
+
+
+class Worthy(CapacityPolicy):
+    """As many places as told; below a weight of 0.3 an assignment is not worth its expert's time."""
+
+    def __init__(self, room: int | None = None) -> None:
+        self.room = room
+
+    def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
+        return self.room
+
+    def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+        placed = super().place(routing, limit, training=training)
+        return replace(placed, kept=placed.kept & (placed.weight > 0.3))
+
+
+@pytest.mark.parametrize("room", [None, 3])
+@pytest.mark.parametrize("dispatcher", ["sorted", "padded", "einsum"])
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_a_policy_may_drop_more_than_the_overflow(room: int | None, dispatcher: str, router: str) -> None:
+    """Outputs and gradients are those of the loop over what was kept, and the counts are those of its own loop."""
+    own = {"k": 2, "options": (("normalize", "never"),)} if router == "top_k" else {}
+    case = Case(router=router, capacity=Worthy, capacity_options=(("room", room),), dispatcher=dispatcher, **own)
+    x, valid, ids = case.inputs()
+    r = run(case.layer(), x, valid, ids)[1]
+    for g in range(3):
+        mine = [n for n in range(r.expert.shape[1]) if r.kept[g, n]]
+        assert 0 < len(mine) < r.chosen[g].sum() - (0 if room is None else 1)
+        for e in range(4):
+            here = [int(r.slot[g, n]) for n in mine if r.expert[g, n] == e]
+            assert here == list(range(len(here)))
+            assert r.taken[g, e] == len(here)
+            assert r.load[g, e] == sum(bool(r.chosen[g, n]) for n in range(len(r.expert[g])) if r.expert[g, n] == e)
+    equals_the_loop(case)
+    dispatchers_agree(case)
+
+
+def test_a_policy_of_its_own_compiles() -> None:
+    compiles(Case(k=2, capacity=Worthy, options=(("normalize", "never"),)), around=unchecked)
+
+
+def test_a_policy_that_leaves_fields_out_is_told() -> None:
+    class Blank(Worthy):
+        def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+            return replace(routing, slot=torch.zeros_like(routing.expert), kept=routing.chosen)
+
+    case = Case(capacity=Blank)
+    with pytest.raises(ValueError, match="Blank.place returned a routing without kept or load: give both"):
+        run(case.layer(), *case.inputs())

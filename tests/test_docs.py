@@ -16,7 +16,7 @@ from shapes import PACKAGE, unchecked
 
 from switchkit import registry
 from switchkit.registry import _all
-from switchkit.testing import check_router
+from switchkit.testing import Broken, check_capacity, check_router
 
 DOCS = PACKAGE.parent / "docs"
 
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
     """The first two blocks of Python in the tutorial, as files: the router, in 30 lines, and its test."""
-    router, test, _ = blocks(DOCS / "your_own_router.md")
+    router, test, *_ = blocks(DOCS / "your_own_router.md")
     assert router.count("\n") <= 30
     for name, text in (("my_top_p", router), ("tutorial_test", test)):
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
@@ -67,6 +67,17 @@ def test_the_tutorials_experts_that_choose_pass_the_checks(folder: Path) -> None
     (folder / "my_expert_share.py").write_text(blocks(DOCS / "your_own_router.md")[2], encoding="utf-8")
     with unchecked():
         check_router(importlib.import_module("my_expert_share").ExpertShare)
+
+
+def test_the_tutorials_capacity_policy_passes_the_checks(folder: Path) -> None:
+    """All but that nothing is dropped without need, which is what it is for."""
+    (folder / "my_worthwhile.py").write_text(blocks(DOCS / "your_own_router.md")[3], encoding="utf-8")
+    with unchecked():
+        policy = importlib.import_module("my_worthwhile").Worthwhile
+        needless = ("capacity_is_filled", "first_come_first_served", "equals_the_paper")
+        check_capacity(policy, skip=needless, least=0.3)
+        with pytest.raises(Broken, match="assignments that came, . expected: tokens are dropped without need"):
+            check_capacity(policy, least=0.3)
 
 
 # Lightning's advice on runs of a few steps.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -260,6 +261,26 @@ def test_a_part_that_raises_is_told_as_a_failure() -> None:
 
     with pytest.raises(Broken, match="Raises: raised RuntimeError: no such thing: it cannot be built"):
         check_router(Raises)
+
+
+def test_a_policy_that_moves_tokens_says_what_was_asked() -> None:
+    class Next(CapacityPolicy):
+        """Everything to the neighbour of the expert that the router chose."""
+
+        def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
+            return None
+
+        def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+            placed = super().place(routing, limit, training=training)
+            return replace(placed, expert=(placed.expert + 1) % placed.logits.shape[-1], asked=placed.expert)
+
+    class Hidden(Next):
+        def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+            return replace(super().place(routing, limit, training=training), asked=None)
+
+    check_capacity(Next, skip=("compiles",))
+    with pytest.raises(Broken, match="Hidden: load counts .* where .* assignments were chosen"):
+        check_capacity(Hidden, skip=("compiles",))
 
 
 def test_other_kinds_of_a_user() -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "check_order",
     "place",
     "place_by_arrival",
+    "placed_by",
     "renormalize",
     "unfair",
 ]
@@ -51,18 +52,43 @@ class CapacityPolicy:
     def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
         """The routing with `slot`, `kept`, `load` and `capacity` filled in, served in this policy's order.
 
-        A router that placed its assignments itself is left alone.
+        A router that placed its assignments itself is left alone. A policy of your own that keeps others changes
+        `kept` alone: in a layer, `slot` and `taken` then follow from it (`placed_by`).
         """
         if routing.slot is not None:
             return routing
+        return renormalize(self.serve(routing, limit, training=training))
+
+    def serve(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+        """What `place` fills in, weights apart. Its slots and counts are used as they are: see `Routing`."""
         order = "arrival" if limit is None or (self.order == "random" and not training) else self.order
-        return renormalize(place(routing, limit, order))
+        return place(routing, limit, order)
 
 
 class CapacityFactory(Protocol):
     """Anything that builds a capacity policy: a class, a `functools.partial`, a YAML part."""
 
     def __call__(self) -> CapacityPolicy: ...
+
+
+def placed_by(policy: CapacityPolicy, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+    """What `policy.place` gives; where that is a method of somebody's own, `slot` and `taken` are counted from `kept`.
+
+    Dispatchers put an assignment in the row of its slot: a gap that a dropped one left would be another's row.
+
+    Raises:
+        ValueError: a `place` that left `kept` or `load` out.
+    """
+    found = policy.place(routing, limit, training=training)
+    if type(policy).place is CapacityPolicy.place or found is routing or found.share is not None:
+        return found
+    if found.kept is None or found.load is None:
+        raise ValueError(
+            f"{type(policy).__name__}.place returned a routing without kept or load: give both, for instance by "
+            "dataclasses.replace(super().place(routing, limit, training=training), kept=...)"
+        )
+    queue = place_by_arrival(replace(found, chosen=found.kept), None)
+    return replace(found, slot=queue.slot, taken=queue.load)
 
 
 def place(routing: Routing, limit: int | None, order: Order = "arrival") -> Routing:

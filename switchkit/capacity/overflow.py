@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from switchkit.capacity.base import place_by_arrival, renormalize
+from switchkit.capacity.base import place_by_arrival
 from switchkit.capacity.policies import Factor, Rounding
 from switchkit.records import Routing, experts_of
 from switchkit.registry import register
@@ -53,9 +53,7 @@ class NoTokenLeftBehind(Factor):
             return None
         return "no_token_left_behind serves first tries of later tokens before second tries of earlier ones"
 
-    def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
-        if routing.slot is not None:
-            return routing
+    def serve(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
         if routing.k is None:
             raise ValueError("no_token_left_behind needs a router whose tokens choose; take `factor` with this one")
         asked = place_by_arrival(routing, limit)
@@ -63,7 +61,7 @@ class NoTokenLeftBehind(Factor):
         assert asked.kept is not None
         assert asked.load is not None
         if limit is None:
-            return renormalize(asked)
+            return asked
         expert, slot, kept = asked.expert, asked.slot, asked.kept
         taken = asked.load.clamp(max=limit)
         open_ = ~experts_of(asked)
@@ -85,8 +83,7 @@ class NoTokenLeftBehind(Factor):
         tiny = torch.finfo(old.dtype).tiny
         weight = torch.where(moved, routing.weight * new / old.clamp(min=tiny), routing.weight)
         expert = torch.where(kept, expert, routing.expert)
-        found = replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken, asked=routing.expert)
-        return renormalize(found)
+        return replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken, asked=routing.expert)
 
 
 def _next_best(

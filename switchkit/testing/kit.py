@@ -153,7 +153,7 @@ def ask_capacity(cls: type[CapacityPolicy], options: Mapping[str, Any], around: 
         small = [replace(base, capacity_options=_pairs({**tight, **tiny}))]
     leaks = [(case, case.layer().leaks) for case in cases]
     honest, leaky = [c for c, reason in leaks if not reason], [c for c, reason in leaks if reason]
-    moves = any(run(c.layer(), *c.inputs())[1].taken is not None for c in cases)
+    moves = any(run(c.layer(), *c.inputs())[1].asked is not None for c in cases)
     moving = _when(moves, "it sends overflow to other experts")
     served = _when(not honest, f"it declares that it leaks: {leaks[-1][1]}")
     yield _ask(p.accounts_balance, *cases)
