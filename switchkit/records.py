@@ -46,6 +46,8 @@ class Routing:
     """Sequences in the batch (the layer fills it in), so that a loss can view [B, -1, E] whatever the groups."""
     k: int | None = None
     """Choices of every token, when the list is regular (S*k, token by token); None: irregular, as in expert choice."""
+    ranked: bool = True
+    """Of k choices the first is a token's best; False: a list of all experts in order, in which none is first."""
     capacity: int | None = None
     """Tokens an expert takes from a group; None: dropless."""
     renormalize: bool = False
@@ -182,10 +184,10 @@ def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first:
         return load(routing).unsqueeze(0)
     made = kept_ones(routing) if kept else routing.chosen
     if first:
-        if routing.k is None or "k" in routing.extras:
+        if routing.k is None or not routing.ranked or "k" in routing.extras:
             raise ValueError(
-                "first choices need a router where every token makes k choices (switch, top_k, ...); with this one "
-                "(expert choice, Soft MoE, ReLU, ...) count choices='all'"
+                "first choices need a router where every token makes k choices, best first (switch, top_k, ...); with "
+                "this one (expert_choice, soft, relu, local_experts, ...) count choices='all'"
             )
         # The list runs token by token, so choice j of token t is at t * k + j.
         made = made & (torch.arange(made.shape[1], device=made.device) % routing.k == 0)

@@ -93,7 +93,7 @@ class Balance(Loss):
 
     Raises:
         ValueError: a negative or non-finite weight, another word for an option, a negative stack; when called,
-            choices="first" with a router without k choices per token, "pooled" over layers of different sizes,
+            choices="first" with a router without k choices per token, best first; "pooled" over layers of different sizes,
             per="sequence" with groups that do not tile the batch, stacks that are not those of the model. A scope
             beyond the micro-batch with load, choices or per other than their defaults.
 

@@ -173,6 +173,7 @@ def token_choice(
     extras: Mapping[str, Tensor] | None = None,
     *,
     renormalize: bool = False,
+    ranked: bool = True,
 ) -> Routing:
     """The record of a router where each token chooses K experts; padding is never chosen."""
     groups, size, k = expert.shape
@@ -194,4 +195,5 @@ def token_choice(
         k=k,
         extras=extras or {},
         renormalize=renormalize,
+        ranked=ranked,
     )

@@ -37,7 +37,7 @@ class LocalExperts(LinearRouter):
         logits = self.logits(tokens)
         probs = softmax(logits)
         expert = torch.arange(self.num_experts, device=tokens.device).expand(probs.shape)
-        return token_choice(logits, probs, expert, probs, valid, extras=self.extras())
+        return token_choice(logits, probs, expert, probs, valid, extras=self.extras(), ranked=False)
 
 
 def competing_loss(

@@ -52,4 +52,6 @@ class ReLU(LinearRouter):
         weight = logits.relu()
         expert = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
         extras = {**self.extras(), "k": torch.full((), self.k, dtype=weight.dtype, device=weight.device)}
-        return token_choice(logits, softmax(logits), expert, weight, valid, chosen=weight > 0, extras=extras)
+        return token_choice(
+            logits, softmax(logits), expert, weight, valid, chosen=weight > 0, extras=extras, ranked=False
+        )

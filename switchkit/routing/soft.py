@@ -101,6 +101,7 @@ class Soft(Router):
             chosen=chosen,
             valid=valid,
             k=experts * slots,
+            ranked=False,
             capacity=slots,
             slot=(place % slots).expand(pairs),
             kept=chosen,

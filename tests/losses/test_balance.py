@@ -91,8 +91,15 @@ def test_first_choices_are_the_best() -> None:
 
 @pytest.mark.parametrize("change", [{"k": None}, {"extras": {"k": torch.ones(())}}], ids=["experts", "relu"])
 def test_first_choices_need_a_list_of_choices(change: dict) -> None:
-    with pytest.raises(ValueError, match="first choices need a router where every token makes k choices"):
+    with pytest.raises(ValueError, match="first choices need a router where every token makes k choices, best first"):
         Balance(choices="first")([replace(record(), **change)])
+
+
+@pytest.mark.parametrize("router", ["soft", "local_experts", "relu", "expert_choice"])
+def test_first_choices_of_lists_in_the_order_of_experts_are_refused(router: str) -> None:
+    r = run(Case(router=router).layer(), *Case().inputs())[1]
+    with pytest.raises(ValueError, match="first choices need a router where every token makes k choices, best first"):
+        Balance(choices="first")([r])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
