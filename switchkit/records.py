@@ -274,9 +274,10 @@ def router_rows(routing: Routing) -> Float[Tensor, "E D"]:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def target_k(routing: Routing) -> Float[Tensor, ""] | int:
-    """The mean number of choices that the router aims at: `extras["k"]` where it varies (relu), else `k`, else 1."""
-    return routing.extras.get("k", routing.k or 1)
+def target_k(routing: Routing) -> Float[Tensor, ""] | int | float:
+    """The mean number of choices that the router aims at: `extras["k"]` (relu), else `k`, else the list's by token."""
+    own = routing.extras.get("k", routing.k)
+    return routing.expert.shape[1] / max(routing.valid.shape[1], 1) if own is None else own
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.losses.base import Loss, by_stack, check_stacks, one_of, over_layers
-from switchkit.records import Routing, count_choices, count_tokens, num_sequences, sum_probs
+from switchkit.records import Routing, count_choices, count_tokens, num_sequences, sum_probs, target_k
 from switchkit.registry import register
 
 __all__ = ["Balance", "SequenceBalance", "balance", "evenness"]
@@ -74,7 +74,8 @@ class Balance(Loss):
             Mesh TensorFlow, labml); "pooled": the tokens of all layers together, then one product (Hugging Face). For
             parity only: **pooled hides collapse**. Four layers that each send everything to another expert give 1,
             as if all were even, where mean gives 4: https://github.com/huggingface/transformers/issues/28255
-        scale: 1 when balanced ("one"), or k ("k", Hugging Face's Mixtral family).
+        scale: 1 when balanced ("one"), or k ("k", Hugging Face's Mixtral family): the number of choices that a token is
+            to make on average, where that varies (relu, expert_choice).
         load: f is the share of what was chosen ("before" the drop, so that dropping cannot hide an overload), or of
             what was kept ("after").
         choices: f counts "all" k choices, or only the "first" of each token (GShard, Mesh TensorFlow, t5x, ST-MoE).
@@ -93,8 +94,8 @@ class Balance(Loss):
 
     Raises:
         ValueError: a negative or non-finite weight, another word for an option, a negative stack; when called,
-            choices="first" with a router without k choices per token, best first; "pooled" over layers of different sizes,
-            per="sequence" with groups that do not tile the batch, stacks that are not those of the model. A scope
+            choices="first" with a router without k choices per token, best first; "pooled" over layers of different
+            sizes, per="sequence" with groups that do not tile the batch, stacks that are not those of the model. A scope
             beyond the micro-batch with load, choices or per other than their defaults.
 
     Source: arXiv 2101.03961, equations 4 to 6.
@@ -134,12 +135,15 @@ class Balance(Loss):
 
     def _together(self, pairs: Sequence[tuple[Routing, Tensor | None]]) -> Float[Tensor, ""]:
         routings = [routing for routing, _ in pairs]
-        factors = [(r.k or 1) if self.scale == "k" else 1 for r in routings]
+        factors = [target_k(r) if self.scale == "k" else 1 for r in routings]
         if self.layers == "pooled":
-            if len(set(factors)) > 1:
-                raise ValueError(f"layers='pooled' with scale='k' needs one k; got {factors}: use layers='mean'")
+            # A k that is a tensor is not read, which would wait for the device: such ones count by their mean.
+            known = [factor for factor in factors if not isinstance(factor, Tensor)]
+            if len(set(known)) > 1:
+                raise ValueError(f"layers='pooled' with scale='k' needs one k; got {known}: use layers='mean'")
             rows = [row for _, row in pairs if row is not None]
-            return (factors or [1])[0] * self._of(*routings, counted=torch.stack(rows).sum(0) if rows else None)
+            together = self._of(*routings, counted=torch.stack(rows).sum(0) if rows else None)
+            return together * sum(factors) / max(len(factors), 1)
         terms = [factor * self._of(r, counted=row) for factor, (r, row) in zip(factors, pairs, strict=True)]
         return over_layers(terms, self.layers)
 

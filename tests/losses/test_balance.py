@@ -81,6 +81,23 @@ def test_every_option_is_a_loop(group, per: str, choices: str, when: str) -> Non
     assert oracle.error(Balance(per=per, choices=choices, load=when)([r]), expected) < 1e-12
 
 
+@pytest.mark.parametrize("layers", ["mean", "sum", "pooled"])
+@pytest.mark.parametrize(("router", "aim"), [("top_k", 2), ("relu", 2), ("expert_choice", 12 / 7)])
+def test_scale_k_is_the_mean_number_of_choices_aimed_at(router: str, aim: float, layers: str) -> None:
+    """k times the loop, where of expert_choice 6 experts take 2 of 7 tokens; at uniform probabilities, k itself."""
+    case = Case(router=router, k=None if router == "expert_choice" else 2, num_experts=6, capacity="fixed")
+    r = run(replace(case, capacity_options=(("eval", 2),)).layer(), *case.inputs())[1]
+    counts = torch.zeros(6, dtype=torch.float64)
+    for g in range(3):
+        for n in range(r.expert.shape[1]):
+            counts[r.expert[g, n]] += r.chosen[g, n]
+    loop = 6 * sum(counts[e] / counts.sum() * r.probs[r.valid][:, e].sum() / r.valid.sum() for e in range(6))
+    times = 2 if layers == "sum" else 1
+    assert oracle.error(Balance(scale="k", layers=layers)([r, r]), times * aim * loop) < 1e-12
+    even = replace(r, probs=torch.full_like(r.probs, 1 / 6))
+    assert Balance(scale="k", layers=layers)([even, even]).item() == pytest.approx(times * aim)
+
+
 def test_first_choices_are_the_best() -> None:
     """GShard's c_e counts the best expert of each token."""
     r = record()
