@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put", "sync_folder", "write_text"]
+__all__ = ["put", "sync_folder", "write_text", "writes"]
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """What keeps a file from being written is told of that file, which is written under another name.
+
+    Raises:
+        OSError: it cannot be written; of a full disk, torch.save makes a RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -95,13 +95,25 @@ def test_an_error_while_settling_is_raised(tmp_path: Path, monkeypatch: pytest.M
     if later:
         with settling_later(trainer_with(files)):
             files.save_checkpoint({"global_step": 2}, path)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as found:
             files.wait()
     else:
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as found:
             files.save_checkpoint({"global_step": 2}, path)
+    assert found.value.filename == str(path)
     assert checkpoints.read(path)["global_step"] == 1
     assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("count", [10, 100_000])
+def test_a_full_disk_is_told_of_the_file(tmp_path: Path, count: int) -> None:
+    """Of it torch.save makes a RuntimeError, or finds out when the file is closed, as few bytes are."""
+    (tmp_path / ".a.ckpt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as found:
+        AtomicCheckpointIO().save_checkpoint({"w": torch.ones(count)}, tmp_path / "a.ckpt")
+    assert found.value.filename == str(tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchkit.checkpoints.content import content_of
-from switchkit.files import put, sync_folder
+from switchkit.files import put, sync_folder, writes
 from switchkit.parallel import shards
 
 __all__ = ["outline", "read_folder", "read_tensor", "write_folder"]
@@ -27,7 +27,15 @@ def write_folder(content: dict[str, Any], target: Path) -> None:
 
     It is written beside its place and moved there when all is on the disk. What was there before stays loadable
     whenever a process is killed: in its place, or for the moment between two renames as ``NAME.previous.ckpt``.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    with writes(target):
+        _write(content, target)
+
+
+def _write(content: dict[str, Any], target: Path) -> None:
     first = not dist.is_initialized() or dist.get_rank() == 0
     temporary = target.with_name(f".{target.name}.part")
     if first:

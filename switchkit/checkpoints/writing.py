@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from switchkit.checkpoints.reading import read
-from switchkit.files import put
+from switchkit.files import put, writes
 
 __all__ = ["AtomicCheckpointIO", "settling_later"]
 
@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
         try:
-            with temporary.open("wb") as file:
+            with writes(target), temporary.open("wb") as file:
                 torch.save(checkpoint, file)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -88,9 +88,10 @@ def settling_later(trainer: L.Trainer) -> Iterator[None]:
 
 def _settle(temporary: Path, target: Path) -> None:
     try:
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        put(temporary, target)
+        with writes(target):
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            put(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

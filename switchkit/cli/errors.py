@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from switchkit.registry import nearest
 __all__ = ["UserError", "exit_code", "first_process", "listed", "near", "one_line", "short"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -22,14 +24,15 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str | None:
     """The error as one line, or None if it is not known to be the user's and must keep its traceback.
 
-    Known are `UserError`, a ValueError that a switchkit module raised itself, and an OSError of a file that a
-    switchkit module asked the standard library for.
+    Known are `UserError`, a ValueError that a switchkit module raised itself, an OSError of a file that a switchkit
+    module asked the standard library for, and a full disk, whoever writes.
     """
     if isinstance(error, OSError):
-        if not _raised_here(error.__traceback__, through_stdlib=True):
+        full = error.errno in _FULL
+        if not full and not _raised_here(error.__traceback__, through_stdlib=True):
             return None
-        reason = error.strerror or str(error)
-        return _flat(f"{error.filename}: {reason}" if error.filename is not None else str(error))
+        reason = (error.strerror or str(error)) + (": free some, or write to another disk" if full else "")
+        return _flat(f"{error.filename}: {reason}" if error.filename is not None else reason)
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
         return _flat(str(error))
     return None

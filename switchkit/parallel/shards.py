@@ -40,10 +40,19 @@ FORMAT = 1
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, sharded or the same on all processes, into an empty folder. Called by all processes."""
+    """Write tensors, sharded or the same on all processes, into an empty folder. Called by all processes.
+
+    Raises:
+        OSError: one of them cannot write its part.
+    """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _quiet():
-        save(dict(tensors), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
+    try:
+        with _quiet():
+            save(dict(tensors), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        failed = (failure[0] for failure in error.failures.values())
+        cause = next((one for one in failed if isinstance(one, OSError)), None)
+        raise (error if cause is None else cause) from None
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) -> None:

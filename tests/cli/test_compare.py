@@ -230,6 +230,24 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small: Path, run) -> None
 
 
 @pytest.mark.slow
+def test_a_full_disk_stops_everything(small: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the runs is called failed."""
+
+    def full(content: object, file: object) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598") from None  # as torch.save does
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, told = run("compare", "both.yaml", "--out", "out", *EVERY)
+    assert code == 2
+    assert "checkpoints/last.ckpt: No space left on device: free some" in told
+    assert "failed" not in told
+    assert not list(small.rglob("result.json"))
+
+
+@pytest.mark.slow
 def test_recipes_and_a_budget_of_operations(small: Path, run) -> None:
     """Two files; and without matplotlib everything but the pictures."""
     wide = yaml.safe_load((small / "small.yaml").read_text())

@@ -109,6 +109,14 @@ def test_a_missing_file_that_the_package_opens_is_one_line(run, fails, monkeypat
     assert (code, err) == (2, "switchkit: error: gone.yaml: cannot be read: No such file or directory\n")
 
 
+def test_a_full_disk_is_one_line_whoever_writes(run, fails):
+    fails(OSError(28, "No space left on device"))
+    told = "No space left on device: free some, or write to another disk\n"
+    assert run("bench") == (2, "", f"switchkit: error: {told}")
+    fails(OSError(28, "No space left on device", "a.ckpt"))
+    assert run("bench") == (2, "", f"switchkit: error: a.ckpt: {told}")
+
+
 class SIGTERMException(SystemExit):
     pass
 

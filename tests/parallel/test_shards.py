@@ -214,6 +214,18 @@ def test_nothing_in_a_folder_is_run(saved: dict[str, Path], tmp_path: Path, monk
         shutil.rmtree(copy)
 
 
+def test_a_full_disk_is_told_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process could not write, torch tells all of them by an exception of its own."""
+
+    def full(*rest: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards._Writer, "write_data", full)
+    with pytest.raises(OSError, match="No space left on device") as found:
+        checkpoints.write_folder({"state_dict": {}}, tmp_path / "last.ckpt")
+    assert found.value.filename == str(tmp_path / "last.ckpt")
+
+
 class Killed(BaseException):
     pass
 
