@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
 from switchkit.checkpoints import read, read_settings
+from switchkit.report.began import Began, ended
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import (
     console,
@@ -35,7 +36,8 @@ def checkpoint_line(path: str) -> None:
 def opening(cli: Any) -> None:
     """Print what is about to be trained, on what, from where."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    cli.started, cli.first_step = time.perf_counter(), trainer.global_step
+    cli.started, cli.began = time.perf_counter(), Began()
+    trainer.callbacks.insert(0, cli.began)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     out = console()
@@ -64,9 +66,14 @@ def closing(cli: Any) -> None:
 
     ``limit_val_batches`` holds here too, for the model and for whatever it is compared with, and the title says so.
     All processes evaluate, and write the sample together where each holds a part of the model; the first one prints.
+    A run that had come to its end before says so instead.
     """
     module, trainer = cli.model, cli.trainer
     if trainer.fast_dev_run:
+        return
+    if cli.began.step is None and (past := ended(trainer)) is not None:
+        if trainer.is_global_zero:
+            console().print(past, highlight=False, soft_wrap=True)
         return
     wall = time.perf_counter() - cli.started
     best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
@@ -173,7 +180,7 @@ def _config(trainer: Any) -> str:
 def _speed(cli: Any, wall: float) -> float | None:
     """Tokens per second over the whole of training, validation and checkpoints included."""
     data, trainer = cli.datamodule, cli.trainer
-    if not (hasattr(data, "batch_size") and hasattr(data, "context")):
+    if cli.began.step is None or not (hasattr(data, "batch_size") and hasattr(data, "context")):
         return None
-    batches = (trainer.global_step - cli.first_step) * trainer.accumulate_grad_batches * trainer.world_size
+    batches = (trainer.global_step - cli.began.step) * trainer.accumulate_grad_batches * trainer.world_size
     return batches * data.batch_size * data.context / wall

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from switchkit import report
 from switchkit.cli import main
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.lightning import build
@@ -167,6 +168,34 @@ def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
     assert code == 0
     saved = torch.load(runs / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
+
+
+def test_the_speed_of_a_run_that_goes_on_is_of_its_own_steps(runs, run, monkeypatch):
+    """One step of 4 sequences of 16 tokens."""
+    tokens = []
+
+    def speed(cli, wall):
+        tokens.append(real(cli, wall) * wall)
+
+    real = report.run._speed
+    monkeypatch.setattr(report.run, "_speed", speed)
+    first = str(runs / "version_0" / "checkpoints" / "last.ckpt")
+    argv = ["fit", "--plugins", "mine", "--ckpt_path", first, "--trainer.accelerator", "cpu"]
+    assert run(*argv, "--trainer.max_steps", "3")[0] == 0
+    assert tokens == [pytest.approx(4 * 16)]
+
+
+@pytest.mark.parametrize(("unit", "most", "reached"), [("step", 2, 2), ("step", 1, 2), ("epoch", 1, 1)])
+def test_a_run_that_was_at_its_end_says_so(folder, run, unit, most, reached):
+    begun = ["fit", *SMALL, "--trainer.limit_train_batches", "2", "--trainer.max_steps", "-1"]
+    assert run(*begun, f"--trainer.max_{unit}s", str(reached))[0] == 0
+    first = ["--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    code, out, _ = run(*begun, *first, f"--trainer.max_{unit}s", str(most))
+    assert code == 0
+    told = f"the checkpoint is at {unit} {reached} already, and trainer.max_{unit}s is {most}. To go on, raise"
+    assert f"Nothing was trained: {told} --trainer.max_{unit}s" in out
+    assert "speed" not in out
+    assert "Result" not in out
 
 
 def test_validate_prints_the_loss(runs, run):
