@@ -25,7 +25,8 @@ def one_line(error: BaseException) -> str | None:
     """The error as one line, or None if it is not known to be the user's and must keep its traceback.
 
     Known are `UserError`, a ValueError that a switchkit module raised itself, an OSError of a file that a switchkit
-    module asked the standard library for, and a full disk, whoever writes.
+    module asked the standard library for, a full disk, whoever writes, and what Lightning or a callback of its own
+    refuses, such as to monitor a metric that nobody logs.
     """
     if isinstance(error, OSError):
         full = error.errno in _FULL
@@ -34,6 +35,10 @@ def one_line(error: BaseException) -> str | None:
         reason = (error.strerror or str(error)) + (": free some, or write to another disk" if full else "")
         return _flat(f"{error.filename}: {reason}" if error.filename is not None else reason)
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
+        return _flat(str(error))
+    # By its name: nothing here imports Lightning.
+    refused = type(error).__name__ == "MisconfigurationException"
+    if refused or (isinstance(error, RuntimeError) and _raised_by_callback(error.__traceback__)):
         return _flat(str(error))
     return None
 
@@ -95,11 +100,21 @@ def _flat(text: str) -> str:
     return " ".join(text.split()) or "failed without a message"
 
 
-def _raised_here(trace: TracebackType | None, through_stdlib: bool = False) -> bool:
+def _raised_by_callback(trace: TracebackType | None) -> bool:
+    """Whether a callback that comes with Lightning raised an error itself."""
+    return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", "callbacks")
+
+
+def _files(trace: TracebackType | None) -> list[str]:
     files = []
     while trace is not None:
         files.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
+    return files
+
+
+def _raised_here(trace: TracebackType | None, through_stdlib: bool = False) -> bool:
+    files = _files(trace)
     while through_stdlib and files and _is_stdlib(files[-1]):
         files.pop()
     return bool(files) and _PACKAGE in Path(files[-1]).resolve().parents

@@ -281,6 +281,21 @@ def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_metric_that_nobody_logs_is_one_line_with_those_that_are_there(run, name):
+    """It is known at the first validation."""
+    spec = f'{{"class_path": "{name}", "init_args": {{"monitor": "val/los"}}}}'
+    code, _, error = run(*SMALL, "--trainer.val_check_interval", "1", "--trainer.callbacks", f"[{spec}]")
+    assert code == 2
+    line = error.splitlines()[-1]
+    assert line.startswith("switchkit: error: ")
+    assert name in line
+    assert "val/los" in line
+    assert "val/loss" in line
+    assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_weights_that_nobody_trained_are_told(run):
     code, _, error = run("validate", "-c", "small.yaml")
     assert code == 0
