@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.files import writes
 
 __all__ = ["WritePredictions", "records"]
 
@@ -32,6 +34,7 @@ class WritePredictions(L.Callback):
     Raises:
         ValueError: at the start, a path that is a folder, or data that are split over several devices; later,
             predictions that are no dict of tensors with a row for each sequence.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -63,9 +66,10 @@ class WritePredictions(L.Callback):
         self.count, self.written = 0, None
         if not trainer.is_global_zero:
             return
-        self._target.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self._target.with_name(f".{self._target.name}.part")
-        self._file = self._temporary.open("w", encoding="utf-8")
+        with writes(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._temporary.open("w", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -79,22 +83,25 @@ class WritePredictions(L.Callback):
         if self._file is None:
             return
         for line in records(outputs, batch, getattr(pl_module, "tokenizer", None)):
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            with writes(self._target):
+                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self.count += 1
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        os.replace(self._temporary, self._target)
+        with writes(self._target):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            os.replace(self._temporary, self._target)
         self.written = self._target
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, which was told
+                self._file.close()
             self._file = None
             self._temporary.unlink(missing_ok=True)
 

@@ -61,7 +61,7 @@ def new_file(given: str, *, makes_folder: bool = False) -> Path:
     """The path of ``--out``, which is not there yet, while its folder is, unless whoever writes it `makes_folder`.
 
     Raises:
-        UserError: it is there already, or its folder is not.
+        UserError: it is there already, or its folder is not, or cannot be written in.
     """
     if not given.strip():
         raise UserError("--out needs the name of a file")
@@ -70,8 +70,10 @@ def new_file(given: str, *, makes_folder: bool = False) -> Path:
         raise UserError(f"--out {given} is a folder: name a file in it")
     if out.exists():
         raise UserError(f"--out {given} is there already: name another file, or remove it first")
-    if not makes_folder:
-        _check_folder(out, f"--out {given}")
+    folder = next(path for path in out.parents if path.exists()) if makes_folder else out.parent
+    if folder.is_file():
+        raise UserError(f"--out {given}: {str(folder)!r} is a file, and no folder: name another")
+    _check_folder(folder / out.name, f"--out {given}")
     return out
 
 

@@ -42,6 +42,18 @@ def test_every_held_out_token_is_in_one_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_told_of_the_file(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    target = tmp_path / "out" / "found.jsonl"
+    target.parent.mkdir()
+    (target.parent / ".found.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as found:
+        trainer(tmp_path, WritePredictions(str(target))).predict(module(source), source, return_predictions=False)
+    assert found.value.filename == str(target)
+    assert not list(target.parent.iterdir())
+
+
 def test_a_run_that_breaks_off_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     source = data(tmp_path)
     model, target = module(source), tmp_path / "new" / "found.jsonl"

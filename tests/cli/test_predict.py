@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+from switchkit.cli.lightning import SwitchkitCLI
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
 pytestmark = [
@@ -46,6 +49,23 @@ def test_results_below_the_run_folder_or_where_out_says(run):
     code, _, err = run("predict", *last, "--out", "new/mine.jsonl")
     assert code == 2
     assert "--out new/mine.jsonl is there already: name another file" in err
+
+
+@pytest.mark.parametrize("out", ["ro/mine.jsonl", "ro/new/mine.jsonl"])
+def test_a_place_that_cannot_be_written_in_is_told_at_once(run, monkeypatch, out):
+    Path("ro").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ro" and access(path, mode))
+    monkeypatch.setattr(SwitchkitCLI, "instantiate_classes", None)
+    code, _, err = run("predict", "-c", "small.yaml", "--out", out)
+    assert code == 2
+    assert f"--out {out}: the folder 'ro' cannot be written in: name another" in err
+
+
+def test_a_folder_that_is_a_file_is_told_at_once(run):
+    code, _, err = run("predict", "-c", "small.yaml", "--out", "text.txt/mine.jsonl")
+    assert code == 2
+    assert "--out text.txt/mine.jsonl: 'text.txt' is a file, and no folder: name another" in err
 
 
 def test_a_writer_of_ones_own_takes_the_place_of_ours(run):
