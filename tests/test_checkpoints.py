@@ -118,10 +118,19 @@ def test_a_full_disk_is_told_of_the_file(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
 def test_truncated_file_is_named_with_the_newest_intact_one(tmp_path: Path, keep: float) -> None:
-    good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
+    run = tmp_path / "checkpoints"
+    good, bad = save(run / "good.ckpt"), save(run / "bad.ckpt")
     whole = bad.read_bytes()
     bad.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
     with pytest.raises(ValueError, match=rf"bad.ckpt \(\d+ bytes\) is truncated or damaged.*{good}"):
+        checkpoints.read(bad)
+
+
+def test_beside_a_truncated_file_outside_a_run_lies_who_knows_what(tmp_path: Path) -> None:
+    save(tmp_path / "of another model.ckpt")
+    bad = save(tmp_path / "bad.ckpt")
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is truncated or damaged$"):
         checkpoints.read(bad)
 
 
@@ -136,9 +145,9 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
 
 def test_a_truncated_file_of_a_folder_of_foreign_ones(tmp_path: Path) -> None:
     """Only what can be read is offered in its place."""
-    bad = save(tmp_path / "bad.ckpt")
+    bad = save(tmp_path / "checkpoints" / "bad.ckpt")
     bad.write_bytes(bad.read_bytes()[:-100])
-    torch.save({"epoch": 1}, tmp_path / "foreign.ckpt")
+    torch.save({"epoch": 1}, bad.with_name("foreign.ckpt"))
     with pytest.raises(ValueError, match="is truncated or damaged$"):
         checkpoints.read(bad)
 

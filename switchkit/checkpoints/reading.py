@@ -15,6 +15,8 @@ __all__ = ["intact", "last", "read", "read_settings"]
 
 ARCHIVE = b"PK\x03\x04"
 """How a file of torch.save begins."""
+FOLDER = "checkpoints"
+"""A folder of this name holds the checkpoints of one run."""
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,6 +98,8 @@ def last(root: str | os.PathLike[str]) -> Path:
 
 
 def _instead(path: Path) -> str:
+    if path.absolute().parent.name != FOLDER:
+        return ""  # what lies elsewhere may be of any model
     others = sorted((p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: p.stat().st_mtime)
     good = next(filter(_readable, reversed(others)), None)
     return "" if good is None else f"; the newest good one beside it is {good}"
