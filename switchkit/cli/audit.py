@@ -91,6 +91,8 @@ def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
     given = iter(argv)
     for argument in given:
         name, equals, value = argument.partition("=")
+        if name == "--out":
+            raise UserError("--out: audit has no option 'out': --json PATH writes the findings to a file")
         if name != "--json":
             rest.append(argument)
             continue

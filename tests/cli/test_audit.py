@@ -99,6 +99,7 @@ def test_help(run):
     [
         ([], "--config NAME"),
         (["-c", "smal.yaml"], "smal.yaml"),
+        ([*SMALL, "--out", "found.json"], "--out: audit has no option 'out': --json PATH writes the findings"),
         ([*SMALL, "--json"], "--json needs a value"),
         ([*SMALL, "--json", "."], "--json '.' is a folder"),
         ([*SMALL, "--json", "text.txt"], "text.txt is there already, and is no .json file"),
