@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
         limit = self.capacity.limit(tokens.shape[1], self.num_experts, self.router.k, training=self.training)
         with full_precision(x.device):
             routing = self.router(tokens, limit, real, names)
-        routing = placed_by(self.capacity, replace(routing, batch=batch), limit, training=self.training)
+        routing = placed_by(self.capacity, replace(routing, batch=batch, length=length), limit, training=self.training)
         rows = self.dispatcher.dispatch(tokens, routing)
         y = self.dispatcher.combine(self.experts(rows), rows, routing)
         if self.dropped != "zero":

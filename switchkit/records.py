@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,7 +44,9 @@ class Routing:
     valid: Bool[Tensor, "G S"]
     """True: a real token; False: padding."""
     batch: int = 0
-    """Sequences in the batch (the layer fills it in), so that a loss can view [B, -1, E] whatever the groups."""
+    """Sequences in the batch, which the layer fills in: they lie one after another in the groups' flat tokens ..."""
+    length: int | None = None
+    """... each of so many tokens, padding counted; what follows fills up the last group. None: not known."""
     k: int | None = None
     """Choices of every token, when the list is regular (S*k, token by token); None: irregular, as in expert choice."""
     ranked: bool = True
@@ -107,7 +110,10 @@ def mean_square_logsumexp(routing: Routing) -> Float[Tensor, ""]:
     return square.sum() / routing.valid.sum().clamp(min=1)
 
 
-# What losses read beyond that. `rows` is 1 for the batch as a whole, or `num_sequences(routing)` for each sequence.
+Per = Literal["batch", "group", "sequence"]
+"""What to count over: the batch as a whole, or each of its groups or sequences, a row each."""
+
+# What losses read beyond that.
 
 __all__ += [
     "asked_expert",
@@ -117,9 +123,9 @@ __all__ += [
     "experts_of",
     "kept_ones",
     "mean_entropy",
-    "num_sequences",
     "router_rows",
     "smooth_load",
+    "spans",
     "sum_probs",
     "sum_weights",
     "target_k",
@@ -151,28 +157,36 @@ def experts_of(routing: Routing, *, asked: bool = False) -> Bool[Tensor, "G S E"
     return found.view(groups, size, experts) > 0
 
 
-def num_sequences(routing: Routing) -> int:
-    """Sequences of the batch; groups, in a record that no layer has filled in.
+def spans(routing: Routing, per: Per) -> tuple[int, int]:
+    """How many rows `per` cuts the flat tokens into, and the tokens of each; padding may follow the last one.
 
     Raises:
-        ValueError: groups that do not tile the batch, so that no sequence can be told apart.
+        ValueError: sequences, of a record that no layer has filled in and whose groups do not tile the batch.
     """
     groups, size = routing.valid.shape
+    if per == "batch":
+        return 1, groups * size
+    if per == "group":
+        return groups, size
+    if routing.length is not None:
+        return routing.batch, routing.length
     batch = routing.batch or groups
     if batch and groups * size % batch:
         raise ValueError(
             f"{groups} groups of {size} tokens do not tile a batch of {batch} sequences, so that none can be told "
-            "apart: use MoELayer(group='sequence'), group='batch', or a number of tokens that divides the sequence"
+            "apart: give the record their length, as MoELayer does"
         )
-    return batch
+    return batch, groups * size // max(batch, 1)
 
 
-def count_tokens(routing: Routing, rows: int = 1) -> Int[Tensor, "rows"]:
+def count_tokens(routing: Routing, per: Per = "batch") -> Int[Tensor, "rows"]:
     """Real tokens."""
-    return _by_row(routing.valid, rows).sum(1)
+    return _by_row(routing, routing.valid, per).sum(1)
 
 
-def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first: bool = False) -> Int[Tensor, "rows E"]:
+def count_choices(
+    routing: Routing, per: Per = "batch", *, kept: bool = False, first: bool = False
+) -> Int[Tensor, "rows E"]:
     """Chosen assignments per expert; `kept`: those within capacity only, `first`: the first choice of each token only.
 
     Overflow that went elsewhere counts for the expert that the router chose; of what is kept, for the one that has it.
@@ -180,7 +194,7 @@ def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first:
     Raises:
         ValueError: a routing that was not placed, or first choices where tokens make no list of k choices.
     """
-    if rows == 1 and not kept and not first:
+    if per == "batch" and not kept and not first:
         return load(routing).unsqueeze(0)
     made = kept_ones(routing) if kept else routing.chosen
     if first:
@@ -191,19 +205,19 @@ def count_choices(routing: Routing, rows: int = 1, *, kept: bool = False, first:
             )
         # The list runs token by token, so choice j of token t is at t * k + j.
         made = made & (torch.arange(made.shape[1], device=made.device) % routing.k == 0)
-    return _count(routing, routing.expert if kept else asked_expert(routing), made, routing.logits.shape[-1], rows)
+    return _count(routing, routing.expert if kept else asked_expert(routing), made, per)
 
 
-def count_sent(routing: Routing, devices: int, rows: int = 1) -> Int[Tensor, "rows devices"]:
+def count_sent(routing: Routing, devices: int, per: Per = "batch") -> Int[Tensor, "rows devices"]:
     """Tokens whose router chose some expert of each of `devices` equal runs, each token counted once."""
     groups, size, experts = routing.logits.shape
     sent = experts_of(routing, asked=True).view(groups, size, devices, experts // devices).any(-1)
-    return _by_row(sent, rows).sum(1)
+    return _by_row(routing, sent, per).sum(1)
 
 
-def sum_probs(routing: Routing, rows: int = 1) -> Float[Tensor, "rows E"]:
+def sum_probs(routing: Routing, per: Per = "batch") -> Float[Tensor, "rows E"]:
     """Sum of the probabilities of each expert over the real tokens."""
-    return _by_row(routing.probs.masked_fill(~routing.valid.unsqueeze(-1), 0), rows).sum(1)
+    return _by_row(routing, routing.probs.masked_fill(~routing.valid.unsqueeze(-1), 0), per).sum(1)
 
 
 def sum_weights(routing: Routing) -> Float[Tensor, "E"]:
@@ -280,17 +294,17 @@ def target_k(routing: Routing) -> Float[Tensor, ""] | int | float:
     return routing.expert.shape[1] / max(routing.valid.shape[1], 1) if own is None else own
 
 
-def _by_row(x: Tensor, rows: int) -> Tensor:
+def _by_row(routing: Routing, x: Tensor, per: Per) -> Tensor:
     """[G, S, ...] -> [rows, tokens, ...]."""
-    groups, size = x.shape[:2]
-    return x.reshape(rows, groups * size // max(rows, 1), *x.shape[2:])
+    rows, size = spans(routing, per)
+    return x.flatten(0, 1)[: rows * size].view(rows, size, *x.shape[2:])
 
 
-def _count(routing: Routing, bins: Tensor, made: Tensor, number: int, rows: int) -> Int[Tensor, "rows number"]:
-    """How many of the assignments in `made` fall in each of `number` bins."""
-    groups, size = routing.valid.shape
-    first = torch.arange(groups, device=bins.device).unsqueeze(-1) * size
-    row = (first + routing.token) // max(groups * size // max(rows, 1), 1)
-    at = (row * number + bins).masked_fill(~made, 0).flatten()
-    counts = torch.zeros(rows * number, dtype=torch.long, device=bins.device)
-    return counts.scatter_add_(0, at, made.flatten().long()).view(rows, number)
+def _count(routing: Routing, expert: Tensor, made: Tensor, per: Per) -> Int[Tensor, "rows E"]:
+    """How many of the assignments in `made` each expert of `expert` has, by the row of their token."""
+    (groups, width, experts), (rows, size) = routing.logits.shape, spans(routing, per)
+    first = torch.arange(groups, device=expert.device).unsqueeze(-1) * width
+    row = (first + routing.token) // max(size, 1)
+    at = (row * experts + expert).masked_fill(~made, 0).flatten()
+    counts = torch.zeros(rows * experts, dtype=torch.long, device=expert.device)
+    return counts.scatter_add_(0, at, made.flatten().long()).view(rows, experts)

@@ -65,11 +65,13 @@ def scores(routing: Routing) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
 
 
 def sequence_length(routing: Routing) -> int:
-    """Tokens of a sequence, padding counted, when each sequence is a group or the batch is one.
+    """Tokens of a sequence, padding counted.
 
     Raises:
-        ValueError: groups of a number of tokens, whose record does not say.
+        ValueError: a record that no layer has filled in, of groups that are neither a sequence each nor the batch.
     """
+    if routing.length is not None:
+        return routing.length
     groups, size = routing.valid.shape
     batch = routing.batch or groups
     if groups not in (1, batch):

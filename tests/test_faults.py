@@ -491,8 +491,8 @@ def balance_pooled_over_layers(patch: pytest.MonkeyPatch) -> None:
 
 @fault(properties.padding_changes_nothing, replace(SWITCH, capacity="dropless"))
 def balance_counts_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(switchkit.losses.balance, "sum_probs", lambda r, rows: r.probs.nan_to_num().sum((0, 1)).unsqueeze(0))
-    patch.setattr(switchkit.losses.balance, "count_tokens", lambda r, rows: torch.tensor([r.valid.numel()]))
+    patch.setattr(switchkit.losses.balance, "sum_probs", lambda r, per: r.probs.nan_to_num().sum((0, 1)).unsqueeze(0))
+    patch.setattr(switchkit.losses.balance, "count_tokens", lambda r, per: torch.tensor([r.valid.numel()]))
 
 
 @fault(properties.equals_the_paper, TOP2)

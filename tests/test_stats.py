@@ -83,6 +83,8 @@ def test_position_counts_within_the_sequence(group: str | int) -> None:
     routing = routed(Case(group=group))
     places = stats.position(routing, 7).flatten().tolist()
     assert places[:21] == [*range(7)] * 3
+    assert stats.sequence_length(routing) == 7
+    routing = replace(routing, length=None)
     if group == 4:
         with pytest.raises(ValueError, match="3 sequences are routed in 6 groups: give the length"):
             stats.sequence_length(routing)

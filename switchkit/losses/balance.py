@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.losses.base import Loss, by_stack, check_stacks, one_of, over_layers
-from switchkit.records import Routing, count_choices, count_tokens, num_sequences, sum_probs, target_k
+from switchkit.records import Routing, count_choices, count_tokens, sum_probs, target_k
 from switchkit.registry import register
 
 __all__ = ["Balance", "SequenceBalance", "balance", "evenness"]
@@ -43,9 +43,8 @@ def balance(
     """
     parts = []
     for r in routings:
-        rows = {"batch": 1, "group": len(r.valid)}.get(per) or num_sequences(r)
-        counts = count_choices(r, rows, kept=load == "after", first=choices == "first")
-        parts.append((counts, sum_probs(r, rows), count_tokens(r, rows)))
+        counts = count_choices(r, per, kept=load == "after", first=choices == "first")
+        parts.append((counts, sum_probs(r, per), count_tokens(r, per)))
     if not parts:
         return torch.zeros(())
     shapes = {tuple(counts.shape) for counts, _, _ in parts}
@@ -95,8 +94,8 @@ class Balance(Loss):
     Raises:
         ValueError: a negative or non-finite weight, another word for an option, a negative stack; when called,
             choices="first" with a router without k choices per token, best first; "pooled" over layers of different
-            sizes, per="sequence" with groups that do not tile the batch, stacks that are not those of the model. A scope
-            beyond the micro-batch with load, choices or per other than their defaults.
+            sizes; stacks that are not those of the model. A scope beyond the micro-batch with load, choices or per
+            other than their defaults.
 
     Source: arXiv 2101.03961, equations 4 to 6.
     """
@@ -162,14 +161,13 @@ class SequenceBalance(Loss):
     over the sparse layers, or "sum". The weight of 0.0001 is the paper's: only extremes within one sequence matter
     there, the bias does the rest.
 
-    Sequences are seen whatever the groups, as long as the groups tile the batch.
+    Sequences are seen whatever the groups.
 
     Elsewhere: OLMo-core and Megatron offer it as 'instance' and sequence-level balance loss; Hugging Face trains
     DeepSeek-V3 without any.
 
     Raises:
-        ValueError: a negative or non-finite weight, another word for `layers`; when called, groups that do not tile
-            the batch.
+        ValueError: a negative or non-finite weight, another word for `layers`.
 
     Source: arXiv 2412.19437, equations 17 to 20.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from switchkit.losses.balance import evenness
 from switchkit.losses.base import Loss, one_of, over_layers
-from switchkit.records import Routing, count_choices, count_sent, count_tokens, num_sequences, sum_probs
+from switchkit.records import Routing, count_choices, count_sent, count_tokens, sum_probs
 from switchkit.registry import register
 
 __all__ = ["CommunicationBalance", "DeviceBalance", "communication_balance", "device_balance"]
@@ -20,11 +20,10 @@ def device_balance(
     routing: Routing, devices: int | None = None, *, per: Literal["batch", "sequence"] = "batch"
 ) -> Float[Tensor, ""]:
     """``sum_d f_d P_d``: f the mean of E times the shares of a device's experts, P the sum of their probabilities."""
-    rows = num_sequences(routing) if per == "sequence" else 1
-    counts, probs = count_choices(routing, rows), sum_probs(routing, rows)
+    counts, probs = count_choices(routing, per), sum_probs(routing, per)
     devices = _devices(devices, counts.shape[-1])
     counts, probs = _by_device(counts, devices), _by_device(probs, devices)
-    return evenness(counts, counts.sum(-1), probs, count_tokens(routing, rows))
+    return evenness(counts, counts.sum(-1), probs, count_tokens(routing, per))
 
 
 def communication_balance(
@@ -35,14 +34,13 @@ def communication_balance(
     per: Literal["batch", "sequence"] = "batch",
 ) -> Float[Tensor, ""]:
     """``sum_d f_d P_d``: f is D / (M T) times the tokens sent to device d, P the sum of its experts' probabilities."""
-    rows = num_sequences(routing) if per == "sequence" else 1
-    probs, tokens = sum_probs(routing, rows), count_tokens(routing, rows)
+    probs, tokens = sum_probs(routing, per), count_tokens(routing, per)
     experts = probs.shape[-1]
     devices = _devices(devices, experts)
     most = min(routing.k or experts, devices) if limit is None else limit
     if most > devices:
         raise ValueError(f"limit={limit} devices of a token are more than devices={devices}: choose 1 ... {devices}")
-    return evenness(count_sent(routing, devices, rows), most * tokens, _by_device(probs, devices), tokens)
+    return evenness(count_sent(routing, devices, per), most * tokens, _by_device(probs, devices), tokens)
 
 
 @register("device_balance")

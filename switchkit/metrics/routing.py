@@ -85,8 +85,8 @@ class RoutingMetrics(Sums):
 class DroppedByPosition(Sums):
     """Share of the chosen assignments that were dropped, by the token's place in its sequence: [L, context].
 
-    A policy that serves in order of arrival drops late tokens; this shows how late. Update it with a model's routings,
-    and with the `length` of the sequences where layers group a fixed number of tokens.
+    A policy that serves in order of arrival drops late tokens; this shows how late. Update it with a model's routings;
+    `length` of the sequences is for records that no layer has filled in.
 
     Args:
         num_layers: sparse layers.

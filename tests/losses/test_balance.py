@@ -210,16 +210,20 @@ def test_it_is_that_of_deepseek_v3() -> None:
     assert oracle.error(SequenceBalance()([r]), (terms[0] + terms[1]) / 2) < 1e-12
 
 
-@pytest.mark.parametrize("group", ["batch", 7, 3])
-def test_sequences_are_found_whatever_the_groups(group) -> None:
-    """Groups of 3 cut through the sequences of 7 tokens, but 7 groups of 3 tile the batch."""
-    expected = SequenceBalance()([record(capacity="dropless")])
-    assert oracle.error(SequenceBalance()([record(capacity="dropless", group=group)]), expected) < 1e-12
+@pytest.mark.parametrize("group", ["batch", 7, 3, 5, 6, 8, 20])
+@pytest.mark.parametrize(
+    "loss",
+    [SequenceBalance(), DeviceBalance(devices=2, per="sequence"), CommunicationBalance(devices=2, per="sequence")],
+)
+def test_sequences_are_found_whatever_the_groups(group, loss) -> None:
+    """Groups cut through the 3 sequences of 7 tokens; the last one of 5, 6, 8 and 20 is filled up, 6 and 8 to 24."""
+    expected = loss([record(capacity="dropless")])
+    assert oracle.error(loss([record(capacity="dropless", group=group)]), expected) < 1e-12
 
 
-def test_groups_that_do_not_tile_the_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"5 groups of 5 tokens do not tile a batch of 3 sequences.*group='sequence'"):
-        SequenceBalance()([record(group=5)])
+def test_sequences_that_a_record_does_not_tell_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 groups of 5 tokens do not tile a batch of 3 sequences"):
+        SequenceBalance()([replace(record(group=5), length=None)])
 
 
 @pytest.mark.parametrize(

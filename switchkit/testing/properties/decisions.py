@@ -76,6 +76,7 @@ def accounts_balance(case: Case, *, exact: bool = True) -> None:
             expect(sorted(places) == full, "the kept assignments of an expert do not sit in its slots 0, 1, ...")
     expect(torch.equal(load(r), r.load.sum(0)), "load(routing) is not the sum over the groups")
     expect(r.batch == x.shape[0], f"the record says {r.batch} sequences, the batch has {x.shape[0]}")
+    expect(r.length == x.shape[1], f"the record says sequences of {r.length} tokens, they have {x.shape[1]}")
 
 
 def _kept_load(r: Routing) -> Tensor:

@@ -146,3 +146,4 @@ def groups_are_layers_of_their_own(case: Case) -> None:
     expected = expected[: x.shape[0] * x.shape[1]].view_as(x)
     same({"output": y}, {"output": expected}, EXACT, f"a group of {case.group} does not give its own")
     expect(r.batch == x.shape[0], f"the record says {r.batch} sequences, the batch has {x.shape[0]}")
+    expect(r.length == x.shape[1], f"the record says sequences of {r.length} tokens, they have {x.shape[1]}")
