@@ -72,7 +72,7 @@ def lookup(name: str, base: type[T] | None = None) -> type[T]:
         return known[name]
     kind = "part" if base is None else base.__name__
     raise ValueError(
-        f"unknown {kind} {name!r}{nearest(name, known)}. Registered: {', '.join(known)}. "
+        f"unknown {kind} {name!r}{nearest(name, known) or '.'} Registered: {', '.join(known)}. "
         "A class of your own needs its full path (my_file.MyClass) or plugins: [my_file]"
     )
 

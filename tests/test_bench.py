@@ -362,7 +362,10 @@ def test_on_a_device() -> None:
         (["--shapes", "64,8,16"], "expected T,d,f,E,k"),
         (["--shapes", "64,8,16,4,5"], "k=5 of E=4"),
         (["--shapes", "64,8,0,4,1"], "above 0"),
-        (["--dispatchers", "sortd"], "Did you mean 'sorted'?"),
+        (
+            ["--dispatchers", "sortd"],
+            "--dispatchers sortd: there is no such dispatcher. Did you mean 'sorted'? Known: ",
+        ),
         (["--rounds", "0"], "at least 1"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--recipe", "tiny_shakespear"], "Did you mean 'tiny_shakespeare'?"),

@@ -20,10 +20,10 @@ from switchkit.bench.peers import check_peers
 from switchkit.bench.routers import routing
 from switchkit.bench.shapes import CPU_SHAPES, CUDA_SHAPES
 from switchkit.cli.devices import device_of
-from switchkit.cli.errors import UserError
+from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import json_target, write_json
 from switchkit.dispatch.base import Dispatcher
-from switchkit.registry import lookup, named
+from switchkit.registry import named
 from switchkit.report.tables import console
 
 __all__ = ["run"]
@@ -32,8 +32,12 @@ __all__ = ["run"]
 def run(options: argparse.Namespace, command: str) -> int:
     """Print the tables, or the figures; the exit code."""
     device = _device(options.device)
-    for name in options.dispatchers or ():
-        lookup(name, Dispatcher)
+    known = named(Dispatcher)
+    unknown = next((name for name in options.dispatchers or () if name not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"--dispatchers {unknown}: there is no such dispatcher{near(unknown, known)} Known: {', '.join(known)}"
+        )
     if options.peers:
         check_peers()
     to_output = options.json == "-"
@@ -51,7 +55,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     setup = Setup(
         device=device,
         dtype=options.dtype or ("bf16" if device.type == "cuda" else "fp32"),
-        dispatchers=tuple(dict.fromkeys(options.dispatchers or named(Dispatcher))),
+        dispatchers=tuple(dict.fromkeys(options.dispatchers or known)),
         rounds=options.rounds,
         peers=options.peers,
         compile=options.compile,

@@ -94,7 +94,7 @@ def test_a_value_error_of_the_package_is_one_line(run, fails, monkeypatch):
     monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", lambda command, argv: lookup("tpo_k"), raising=False)
     code, _, err = run("bench")
     assert code == 2
-    assert err.startswith("switchkit: error: unknown part 'tpo_k'. Did you mean 'top_k'?")
+    assert err.startswith("switchkit: error: unknown part 'tpo_k'. Did you mean 'top_k'? Registered: ")
 
 
 def test_a_missing_file_that_the_package_opens_is_one_line(run, fails, monkeypatch):
