@@ -15,6 +15,11 @@ from switchkit.cli.plugins import importable
 __all__ = ["comparisons", "dump_yaml", "find_config", "is_comparison", "load_yaml", "read_config", "recipes"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_SAVED = (b"PK\x03\x04", b"\x80\x02")
+"""How files of torch.save begin, and began."""
+_IS_CHECKPOINT = (
+    "this is a checkpoint, and no recipe: --ckpt_path takes it, or --init_from of a new fit from its weights"
+)
 
 
 def recipes() -> dict[str, Path]:
@@ -59,7 +64,8 @@ def find_config(name: str) -> Path:
     if recipe in known:
         return known[recipe]
     if path.is_dir():
-        raise UserError(f"--config {name}: this is a folder; give a YAML file in it")
+        saved = path.suffix == ".ckpt"
+        raise UserError(f"--config {name}: {_IS_CHECKPOINT if saved else 'this is a folder; give a YAML file in it'}")
     raise UserError(
         f"--config {name}: there is no such file, nor a recipe of that name{near(recipe, known)} "
         f"Recipes: {', '.join(recipes()) or 'none'}"
@@ -70,11 +76,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """The mapping that a YAML (or JSON) file holds. Its folder becomes importable.
 
     Raises:
-        UserError: unreadable, not UTF-8, not YAML or not a mapping; says where in the file.
+        UserError: unreadable, a checkpoint, not UTF-8, not YAML or not a mapping; says where in the file.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if content.startswith(_SAVED):
+            raise UserError(f"--config {path}: {_IS_CHECKPOINT}") from None
         raise UserError(f"{path}: not a UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

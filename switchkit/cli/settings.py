@@ -78,7 +78,7 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         tree["weights_only"] = True
     if tokenizer is not None:
         _keep_tokenizer(tree, tokenizer, str(path))
-    _check(tree, command)
+    _check(tree, command, [source.label for source in sources if source.label and not source.values])
     return tree
 
 
@@ -198,13 +198,15 @@ def _keep_tokenizer(tree: dict[str, Any], tokenizer: Any, label: str) -> None:
         tree["data"] = merge(data, values, LightningDataModule, "data", Source(values, label))
 
 
-def _check(tree: dict[str, Any], command: str) -> None:
+def _check(tree: dict[str, Any], command: str, empty: Sequence[str]) -> None:
+    """`empty`: the configurations that say nothing."""
     if not tree.get("model"):
         # Those in folders are for the commands that name them.
         known = ", ".join(name for name in recipes() if "/" not in name) or "none found"
+        read = f", and {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty" if empty else ""
         raise UserError(
-            f"no model is given: give a recipe by --config NAME (recipes: {known}; more: switchkit list recipes), or "
-            "--ckpt_path PATH"
+            f"no model is given{read}: give a recipe by --config NAME (recipes: {known}; more: switchkit list "
+            "recipes), or --ckpt_path PATH"
         )
     if distils(tree) and not tree.get("data"):
         raise UserError(

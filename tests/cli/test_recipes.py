@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 import yaml
 
 from switchkit.cli import recipes as module
@@ -61,6 +62,22 @@ def test_numbers_are_read_as_the_parser_reads_them():
 def test_an_empty_file_says_nothing(folder):
     (folder / "empty.yaml").write_text("# nothing\n")
     assert read_config(folder / "empty.yaml") == {}
+
+
+def test_where_nothing_names_a_model_the_empty_file_is_named(folder, run):
+    (folder / "empty.yaml").write_text("# nothing\n")
+    assert "no model is given, and empty.yaml is empty: give a recipe" in run("fit", "--config", "empty.yaml")[2]
+
+
+@pytest.mark.parametrize("kind", ["file", "file of long ago", "folder"])
+def test_a_checkpoint_is_no_recipe(folder, run, kind):
+    if kind == "folder":
+        (folder / "a.ckpt").mkdir()
+    else:
+        torch.save({"w": torch.ones(3)}, "a.ckpt", _use_new_zipfile_serialization=kind == "file")
+    code, _, error = run("fit", "--config", "a.ckpt")
+    assert code == 2
+    assert "--config a.ckpt: this is a checkpoint, and no recipe: --ckpt_path takes it, or --init_from" in error
 
 
 def test_the_packaged_recipes_are_read():
