@@ -292,6 +292,17 @@ def test_ratio_of_medians() -> None:
     assert timing.ratios(base, base) == (1, 1, 1)
 
 
+def test_the_ratio_of_medians_may_lie_outside_the_middle_half_of_the_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 : 10 in two rounds of three, and yet as 5 : 6 by the medians: the table says which is which."""
+    ours, base = timing.Timing((1.0, 5.0, 10.0), ()), timing.Timing((10.0, 6.0, 1.0), ())
+    ratio, low, high = timing.ratios(ours, base)
+    assert (ratio, low, high) == (5 / 6, pytest.approx((0.1 + 5 / 6) / 2), pytest.approx((5 / 6 + 10) / 2))
+    figures("--shapes", "64,8,16,4,1", "--no-routers", "--no-recipe")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "x dense: ratio of the medians, to a dense layer of equal FLOPs." in told
+    assert "Middle half: of the ratios within each round, and the ratio of the medians may lie outside." in told
+
+
 class Cuda:
     """What of torch.cuda is used, without a device."""
 

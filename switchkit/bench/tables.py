@@ -15,6 +15,7 @@ from switchkit.report.tables import rows_table
 __all__ = ["distributed", "generation", "growth", "layer", "machine", "recipe", "routers", "seq2seq"]
 
 Figures = Mapping[str, Any]
+_HALF = "Middle half: of the ratios within each round, and the ratio of the medians may lie outside."
 
 
 def machine(found: Figures) -> RenderableType:
@@ -68,7 +69,7 @@ def layer(found: Figures) -> RenderableType:
     uneven = "" if imbalance is None else f"; largest over mean load {imbalance:.2f}"
     memory = "peak of forward and backward" if on_device else "kept for the backward pass"
     table.caption = (
-        f"x dense: medians, against a dense layer of equal FLOPs. matmul: {matmul['size']} square, "
+        f"x dense: ratio of the medians, to a dense layer of equal FLOPs. {_HALF} matmul: {matmul['size']} square, "
         f"{matmul['flops_per_second'] / 1e9:,.0f} GFLOP/s right after. MiB: {memory}{uneven}."
     )
     return _noted(table, notes)
@@ -155,7 +156,8 @@ def distributed(found: Figures) -> RenderableType:
     alone = "one GPU" if found["backend"] == "nccl" else f"{threads['alone']} threads"
     each = "a GPU" if found["backend"] == "nccl" else f"{threads['each']} thread{'s' if threads['each'] > 1 else ''}"
     table.caption = (
-        f"x one process: medians, against one process with {alone} on the same batch; the others have {each} each. "
+        f"x one process: ratio of the medians, to one process with {alone} on the same batch; the others have {each} "
+        f"each. {_HALF} "
         "Under way: share of the step in which some collective was, waiting included (torch.profiler). Sent: by each "
         "process in a step, as the algorithms of least traffic send it. Without Lightning's loop, log and checkpoints."
     )
@@ -178,8 +180,9 @@ def seq2seq(found: Figures) -> RenderableType:
         table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['ms']:.1f}")
     low, high = found["quartiles"]
     table.caption = (
-        f"Ours is [bold]{found['times_as_fast']:.2f}[/] times as fast as SwitchTransformers, middle half {low:.2f} - "
-        f"{high:.2f} (goal: {found['goal']:g}); equal weights, losses {found['loss_difference']:.1g} apart."
+        f"Ours is [bold]{found['times_as_fast']:.2f}[/] times as fast as SwitchTransformers by the medians (goal: "
+        f"{found['goal']:g}), middle half {low:.2f} - {high:.2f}. {_HALF} Equal weights, losses "
+        f"{found['loss_difference']:.1g} apart."
     )
     return table
 
