@@ -249,6 +249,37 @@ class Prefers(Best):
         return (logits + place.view(1, -1, 1) * logits.new_tensor([0.0, 0.3, -0.3, 0.1]).view(1, 1, -1)).softmax(-1)
 
 
+class Forgets(LinearRouter):
+    """The two best of a token; nobody told the base class."""
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        logits = self.logits(tokens)
+        weight, expert = logits.softmax(-1).topk(min(2, self.num_experts), dim=-1)
+        return token_choice(logits, logits.softmax(-1), expert, weight, valid)
+
+
+class Fewer(Forgets):
+    """The second one only where it is worth it."""
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        r = super().forward(tokens, limit, valid, ids)
+        second = torch.arange(r.chosen.shape[1]) % 2 == 1
+        return replace(r, chosen=r.chosen & ~(second & (r.weight < 0.2)))
+
+
+def test_a_router_that_forgets_its_k_is_told() -> None:
+    """Its capacity would be half of what it should be."""
+    for router in (Forgets, Fewer):
+        with pytest.raises(Broken, match=f"{router.__name__}: the router's `k` is 1, its record has k=2: capacities"):
+            check_router(router, skip=("compiles",))
+    for router in (Forgets, Fewer):
+        told = type("Told", (router,), {"k": 2})
+        check_router(told, skip=("compiles",))
+    # As for relu, k may then be a mean that the router aims at.
+    mean = type("Mean", (Fewer,), {"uneven": "a token may choose one expert"})
+    check_router(mean, skip=("compiles",))
+
+
 def test_padding_gives_its_sentence() -> None:
     with pytest.raises(Broken, match=PADDING):
         check_router(Prefers, skip=("compiles", "one_expert_is_dense"))

@@ -43,15 +43,23 @@ def accounts_balance(case: Case, *, exact: bool = True) -> None:
 
     What a policy moves to another expert counts in load for the one that the router chose (`asked`).
 
-    Without `exact` a token may make fewer than k choices.
+    Without `exact` a token may make fewer than k choices. The router's own `k` is the record's, unless it is `uneven`
+    or has slots that are mixtures.
     """
-    _, x, valid, r, kept, slot = _decide(case)
+    layer, x, valid, r, kept, slot = _decide(case)
     real = oracle.groups(valid, case.group)
     padding = int((r.chosen & ~real.gather(1, r.token)).sum())
     expect(not padding, f"{padding} assignments were chosen for padding, none expected")
     expect(torch.equal(r.valid, real), "the record's `valid` is not that of the tokens")
     expect(not (kept & ~r.chosen).any(), "some assignments are kept that were never chosen")
     if r.k is not None:
+        own, router = min(layer.router.k, case.num_experts), layer.router
+        free = r.share is not None or (router.uneven is not None and not exact)
+        expect(
+            free or own == r.k,
+            f"the router's `k` is {own}, its record has k={r.k}: capacities and counts read the former (set self.k in "
+            "the constructor, and `uneven` where a token may choose fewer)",
+        )
         made, most = int(r.chosen.sum()), r.k * int(valid.sum())
         fits = made == most if exact else made <= most
         expect(fits, f"{made} assignments were chosen for {int(valid.sum())} real tokens, k={r.k} for each expected")
