@@ -20,6 +20,8 @@ from switchkit.records import Routing
 from switchkit.routing.base import RouterFactory, full_precision
 from switchkit.routing.token_choice import Switch
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 __all__ = ["FeedForward", "FeedForwardFactory", "MoEFactory", "MoELayer"]
 
 
@@ -105,13 +107,19 @@ class MoELayer(nn.Module):
         """The mixed outputs and the record of what was decided. `valid`: True for real tokens; `ids`: token ids.
 
         Raises:
-            ValueError: x of another width, or a router that needs ids without them.
+            ValueError: x of another width, valid or ids of another shape or type, or a router that needs ids without
+                them.
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [B, S, {self.d_model}] (d_model={self.d_model}); got {list(x.shape)}")
         if self.router.needs_ids and ids is None:
             raise ValueError(f"{type(self.router).__name__} routes by token ids: call layer(x, valid, ids)")
         batch, length, _ = x.shape
+        if ids is not None and (ids.shape != (batch, length) or ids.dtype not in INTEGERS):
+            raise ValueError(
+                f"ids must be an integer tensor of shape [{batch}, {length}], the token ids; "
+                f"got {ids.dtype} of {list(ids.shape)}"
+            )
         if valid is not None:
             if valid.shape != (batch, length) or valid.dtype != torch.bool:
                 raise ValueError(

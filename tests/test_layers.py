@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import oracle
 import pytest
 import torch
 from properties import EXACT, Case, run
+from shapes import unchecked
 from torch import Tensor, nn
 
-from switchkit import CapacityPolicy, Dropless, Einsum, Factor, Linear, Mlp, MoELayer, Router, Sorted, Switch, TopK
+from switchkit import (
+    CapacityPolicy,
+    Dropless,
+    Einsum,
+    Factor,
+    Hash,
+    Linear,
+    Mlp,
+    MoELayer,
+    Router,
+    Sorted,
+    Switch,
+    TopK,
+)
 from switchkit.attention import Attention, rotate
 from switchkit.blocks import Block
 from switchkit.layers import FeedForward
@@ -165,6 +180,27 @@ def test_bad_inputs_are_refused(x: tuple[int, ...], valid: Tensor | None, says: 
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         MoELayer(8, 4, d_ff=6)(torch.zeros(x), valid)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(1, 5, dtype=torch.long),
+        torch.zeros(5, dtype=torch.long),
+        torch.zeros(5, 3, dtype=torch.long),
+        torch.zeros(3, 5),
+        torch.zeros(3, 5, dtype=torch.bool),
+    ],
+    ids=lambda ids: f"{ids.dtype}-{list(ids.shape)}",
+)
+@pytest.mark.parametrize("group", ["sequence", "batch", 4])
+def test_ids_of_another_shape_or_type_are_refused(ids: torch.Tensor, group: str | int) -> None:
+    """Each of them would be broadcast, or cast, and route the tokens by the ids of others."""
+    layer = MoELayer(8, 4, d_ff=8, router=Hash, group=group)
+    says = f"ids must be an integer tensor of shape [3, 5], the token ids; got {ids.dtype} of {list(ids.shape)}"
+    with unchecked(), pytest.raises(ValueError, match=re.escape(says)):
+        layer(torch.zeros(3, 5, 8), None, ids)
+    layer(torch.zeros(3, 5, 8), None, torch.zeros(3, 5, dtype=torch.int32))
 
 
 def test_a_router_that_needs_ids_says_so() -> None:
