@@ -54,7 +54,9 @@ class Routing:
     capacity: int | None = None
     """Tokens an expert takes from a group; None: dropless."""
     renormalize: bool = False
-    """The capacity policy divides each token's weights by the sum of the kept ones."""
+    """The capacity policy divides each token's weights by the sum of the kept ones ..."""
+    scale: float = 1.0
+    """... and multiplies them by this."""
     slot: Int[Tensor, "G N"] | None = None
     """Place in the expert's buffer, 0, 1, ... for the kept ones; meaningless for others."""
     kept: Bool[Tensor, "G N"] | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchkit import Random, RoundRobin, Router, Switch, TopK, named
+from switchkit import CapacityPolicy, Factor, NoTokenLeftBehind, Random, RoundRobin, Router, Switch, TopK, named
 
 D, E = 6, 4
 
@@ -58,6 +58,27 @@ def test_a_softmax_after_the_choice_is_one_before_it_normalised(k: int, normaliz
     assert oracle.error(a.weight, b.weight) < 1e-12
     assert torch.equal(a.probs, b.probs)
     assert b.renormalize == (normalize == "after")
+
+
+@pytest.mark.parametrize("scale", [1.0, 16.0])
+@pytest.mark.parametrize("normalize", ["before", "after", "never"])
+@pytest.mark.parametrize("policy", [Factor(0.5), NoTokenLeftBehind(0.8, rounds=2)], ids=["factor", "overflow"])
+def test_scale_multiplies_what_is_normalised(policy: CapacityPolicy, normalize: str, scale: float) -> None:
+    """Token by token: probabilities, divided by their sum over all choices or over those that found room, times it."""
+    x, router = tokens(), TopK(D, E, k=2, normalize=normalize, scale=scale).double()
+    with torch.no_grad():
+        r = policy.place(route(router, x), policy.limit(9, E, 2, training=True), training=True)
+    assert not torch.equal(r.kept, r.chosen)
+    for g in range(2):
+        for s in range(9):
+            mine = [n for n in (2 * s, 2 * s + 1) if r.kept[g, n]]
+            asked = r.expert if r.asked is None else r.asked
+            raw = sum(float(r.probs[g, s, asked[g, n]]) for n in (2 * s, 2 * s + 1))
+            found = sum(float(r.probs[g, s, r.expert[g, n]]) for n in mine)
+            for n in mine:
+                p = float(r.probs[g, s, r.expert[g, n]])
+                expected = scale * {"before": p / raw, "after": p / (found or 1), "never": p}[normalize]
+                assert abs(float(r.weight[g, n]) - expected) < 1e-12 * scale
 
 
 @pytest.mark.parametrize("softmax", ["before", "after"])

@@ -163,12 +163,13 @@ def _queued(routing: Routing) -> tuple[Int[Tensor, "G N"], Int[Tensor, "G E"]]:
 
 
 def renormalize(routing: Routing) -> Routing:
-    """The weights of each token divided by the sum of its kept ones, where the router asked for it."""
+    """The weights of each token divided by the sum of its kept ones, times `scale`, where the router asked for it."""
     if not routing.renormalize:
         return routing
     assert routing.kept is not None
     total = _per_token(routing.weight.masked_fill(~routing.kept, 0), routing).gather(-1, routing.token)
-    return replace(routing, weight=routing.weight / torch.where(total > 0, total, 1))
+    weight = routing.weight / torch.where(total > 0, total, 1)
+    return replace(routing, weight=weight if routing.scale == 1 else routing.scale * weight)
 
 
 def _per_token(values: Float[Tensor, "G N"], routing: Routing) -> Float[Tensor, "G S"]:

@@ -173,6 +173,7 @@ def token_choice(
     extras: Mapping[str, Tensor] | None = None,
     *,
     renormalize: bool = False,
+    scale: float = 1.0,
     ranked: bool = True,
 ) -> Routing:
     """The record of a router where each token chooses K experts; padding is never chosen."""
@@ -195,5 +196,6 @@ def token_choice(
         k=k,
         extras=extras or {},
         renormalize=renormalize,
+        scale=scale,
         ranked=ranked,
     )

@@ -102,8 +102,8 @@ class TopK(LinearRouter):
     drop, "after" it (by the sum of those that found room, which the capacity policy does), or "never"; None means
     "before" for k >= 2 and "never" for k = 1, where dividing would leave the router without a gradient. With
     `groups` > 1 the experts form so many groups of neighbours, one per device for instance, and a token chooses among
-    the experts of the `top_groups` groups whose best expert is best. `scale` multiplies the weights, as DeepSeek-V2
-    does to make up for small ones that are not normalised. `jitter` and `init_std` as in `switch`.
+    the experts of the `top_groups` groups whose best expert is best. `scale` multiplies the weights, after they
+    are normalised, as DeepSeek-V2 does to make up for small ones that are not. `jitter` and `init_std` as in `switch`.
 
     Elsewhere: Mixtral takes the softmax after (equal to "before", normalised), Megatron offers both and never
     normalises after a drop; GShard and Tutel normalise before the drop, DeepSpeed and NLLB-MoE after it; V-MoE,
@@ -163,10 +163,11 @@ class TopK(LinearRouter):
             weight = weight.softmax(-1)
         elif self.normalize == "before":
             weight = weight / weight.sum(-1, keepdim=True)
-        if self.scale != 1:
-            weight = self.scale * weight
         after = self.normalize == "after"
-        return token_choice(logits, probs, expert, weight, valid, extras=self.extras(), renormalize=after)
+        if self.scale != 1 and not after:
+            weight = self.scale * weight
+        extras, scale = self.extras(), self.scale
+        return token_choice(logits, probs, expert, weight, valid, extras=extras, renormalize=after, scale=scale)
 
 
 def check_normalize(normalize: Normalize | None, k: int) -> Normalize:
