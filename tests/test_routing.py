@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 
 import oracle
 import pytest
 import torch
+from shapes import unchecked
 from torch import Tensor
 
-from switchkit import CapacityPolicy, Factor, NoTokenLeftBehind, Random, RoundRobin, Router, Switch, TopK, named
+from switchkit import (
+    CapacityPolicy,
+    Factor,
+    NoTokenLeftBehind,
+    Random,
+    RoundRobin,
+    Router,
+    Switch,
+    TopK,
+    named,
+    token_choice,
+)
 
 D, E = 6, 4
 
@@ -232,3 +245,31 @@ def test_bad_options_are_refused(make, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("k", [2.0, 1.5, "2", True])
+@pytest.mark.parametrize("name", ["top_k", "sigmoid", "cosine", "relu", "sinkhorn", "noisy_top_k", "hash", "random"])
+def test_k_must_be_an_integer(name: str, k: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"k={k!r} choices of a token are impossible: k must be an integer")):
+        named(Router)[name](D, E, k=k)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"expert": (2, 9)}, "expert must be [G, S, K] = [2, 9, K], as valid is [G, S]; got [2, 9]; a single choice"),
+        ({"weight": (2, 9)}, "weight must be [G, S, K] = [2, 9, 1], as valid is [G, S]; got [2, 9]; a single choice"),
+        ({"weight": (2, 9, 2)}, "weight must be [G, S, K] = [2, 9, 1], as valid is [G, S]; got [2, 9, 2]"),
+        ({"chosen": (2, 9)}, "chosen must be [G, S, K] = [2, 9, 1], as valid is [G, S]; got [2, 9]"),
+        ({"expert": (9, 2, 1)}, "expert must be [G, S, K] = [2, 9, K], as valid is [G, S]; got [9, 2, 1]"),
+        ({"logits": (18, 4)}, "logits must be [G, S, E] = [2, 9, E], as valid is [G, S]; got [18, 4]"),
+        ({"probs": (2, 9, 3)}, "probs must be [G, S, E] = [2, 9, 4], as valid is [G, S]; got [2, 9, 3]"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_choices_of_another_shape_are_named(change: dict, says: str) -> None:
+    given = {"logits": (2, 9, E), "probs": (2, 9, E), "expert": (2, 9, 1), "weight": (2, 9, 1), **change}
+    of = {"expert": torch.long, "chosen": torch.bool}
+    tensors = {name: torch.zeros(size, dtype=of.get(name, torch.float32)) for name, size in given.items()}
+    with unchecked(), pytest.raises(ValueError, match=re.escape(says)):
+        token_choice(**tensors, valid=torch.ones(2, 9, dtype=torch.bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -158,6 +159,8 @@ def softmax(logits: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
 
 def check_k(k: int, num_experts: int) -> int:
     """`k`, or a ValueError that says what would do."""
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise ValueError(f"k={k!r} choices of a token are impossible: k must be an integer")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k} choices of a token are impossible: k must be from 1 to num_experts={num_experts}")
     return k
@@ -176,7 +179,12 @@ def token_choice(
     scale: float = 1.0,
     ranked: bool = True,
 ) -> Routing:
-    """The record of a router where each token chooses K experts; padding is never chosen."""
+    """The record of a router where each token chooses K experts; padding is never chosen.
+
+    Raises:
+        ValueError: a tensor of another shape, such as `expert` [G, S] of a single choice, which is [G, S, 1].
+    """
+    _check_shapes(logits, probs, expert, weight, valid, chosen)
     groups, size, k = expert.shape
     token = torch.arange(size, device=expert.device)
     if k > 1:
@@ -199,3 +207,25 @@ def token_choice(
         scale=scale,
         ranked=ranked,
     )
+
+
+def _check_shapes(
+    logits: Tensor, probs: Tensor, expert: Tensor, weight: Tensor, valid: Tensor, chosen: Tensor | None
+) -> None:
+    tokens = tuple(valid.shape)
+    for name, value, last in (
+        ("logits", logits, "E"),
+        ("probs", probs, "E"),
+        ("expert", expert, "K"),
+        ("weight", weight, "K"),
+        ("chosen", chosen, "K"),
+    ):
+        if value is None:
+            continue
+        like = logits if last == "E" else expert
+        if value.dim() != 3 or value.shape[:2] != tokens or value.shape != like.shape:
+            wanted = f"[{', '.join(map(str, tokens))}, {last if like is value else like.shape[-1]}]"
+            one = "; a single choice of each token is .unsqueeze(-1)" if last == "K" and value.dim() == 2 else ""
+            raise ValueError(
+                f"{name} must be [G, S, {last}] = {wanted}, as valid is [G, S]; got {list(value.shape)}{one}"
+            )
