@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.capacity.base import CapacityFactory, placed_by
+from switchkit.capacity.base import CapacityFactory, CapacityPolicy, placed_by
 from switchkit.capacity.policies import Dropless
-from switchkit.dispatch.base import DispatcherFactory, sum_choices
+from switchkit.dispatch.base import Dispatcher, DispatcherFactory, sum_choices
 from switchkit.dispatch.sorted import Sorted
-from switchkit.experts.base import ACTIVATIONS, Activation, ExpertsFactory, check, init_linear
+from switchkit.experts.base import ACTIVATIONS, Activation, Experts, ExpertsFactory, check, init_linear
 from switchkit.experts.feed_forward import Mlp
 from switchkit.records import Routing
-from switchkit.routing.base import RouterFactory, full_precision
+from switchkit.registry import named
+from switchkit.routing.base import Router, RouterFactory, full_precision
 from switchkit.routing.token_choice import Switch
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -49,7 +50,7 @@ class MoELayer(nn.Module):
             as many; so do the operations when the router's k grows by the same factor.
 
     Raises:
-        ValueError: an option that is not one of those above.
+        ValueError: an option that is not one of those above, a part or its name in place of what builds it.
     """
 
     def __init__(
@@ -76,6 +77,13 @@ class MoELayer(nn.Module):
             raise ValueError(f"dropped must be 'zero', 'input' or 'weighted_input'; got {dropped!r}")
         self.d_model, self.num_experts, self.d_ff = d_model, num_experts, d_ff
         self.group, self.dropped = group, dropped
+        for what, factory, base in (
+            ("router", router, Router),
+            ("capacity", capacity, CapacityPolicy),
+            ("experts", experts, Experts),
+            ("dispatcher", dispatcher, Dispatcher),
+        ):
+            _check_factory(what, factory, base)
         self.router = (router or Switch)(d_model=d_model, num_experts=num_experts)
         self.capacity = (capacity or Dropless)()
         self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
@@ -174,6 +182,22 @@ class MoELayer(nn.Module):
             return sum_choices(share.view(-1, 1), routing).to(tokens.dtype) * tokens
         kept = sum_choices(routing.kept.view(-1, 1).to(tokens.dtype), routing)
         return tokens * ((kept == 0) & routing.valid.unsqueeze(-1))
+
+
+def _check_factory(what: str, factory: object, base: type) -> None:
+    """A ValueError for a part, or the name of one, where a factory is expected."""
+    cls: type | None
+    if isinstance(factory, str):
+        cls, got = named(base).get(factory), f"the name {factory!r}"
+    elif factory is not None and (isinstance(factory, base) or not callable(factory)):
+        cls, got = type(factory), f"an instance of {type(factory).__name__}"
+    else:
+        return
+    name = cls.__name__ if cls is not None and issubclass(cls, base) else f"MyOwn{base.__name__}"
+    raise ValueError(
+        f"{what} must be what builds a {base.__name__}, so that each layer has its own: a class or a functools.partial "
+        f"of one, such as {what}={name} or {what}=partial({name}, ...); got {got}"
+    )
 
 
 class MoEFactory(Protocol):

@@ -203,6 +203,25 @@ def test_ids_of_another_shape_or_type_are_refused(ids: torch.Tensor, group: str 
     layer(torch.zeros(3, 5, 8), None, torch.zeros(3, 5, dtype=torch.int32))
 
 
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"router": TopK(8, 4)}, "router=TopK or router=partial(TopK, ...); got an instance of TopK"),
+        ({"router": "top_k"}, "router=TopK or router=partial(TopK, ...); got the name 'top_k'"),
+        ({"router": "best"}, "router=MyOwnRouter or router=partial(MyOwnRouter, ...); got the name 'best'"),
+        ({"capacity": Factor(1.0)}, "capacity=Factor or capacity=partial(Factor, ...); got an instance of Factor"),
+        ({"experts": Mlp(8, 8, 4)}, "experts=Mlp or experts=partial(Mlp, ...); got an instance of Mlp"),
+        ({"dispatcher": Sorted()}, "dispatcher=Sorted or dispatcher=partial(Sorted, ...); got an instance of Sorted"),
+        ({"capacity": 1.25}, "capacity=MyOwnCapacityPolicy or"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_a_part_in_place_of_what_builds_it_is_refused(part: dict, says: str) -> None:
+    with pytest.raises(ValueError, match="must be what builds a .*, so that each layer has its own") as caught:
+        MoELayer(8, 4, d_ff=8, **part)
+    assert says in str(caught.value)
+
+
 def test_a_router_that_needs_ids_says_so() -> None:
     with pytest.raises(ValueError, match="ById routes by token ids: call layer"):
         MoELayer(8, 4, d_ff=6, router=ById)(torch.zeros(1, 2, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "CapacityPolicy",
     "Order",
     "check_order",
+    "check_whole",
     "place",
     "place_by_arrival",
     "placed_by",
@@ -184,6 +186,12 @@ def check_order(order: Order) -> Order:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
     return order
+
+
+def check_whole(name: str, value: object) -> None:
+    """A ValueError where `value` is no integer: torch would refuse it in the first step, or not at all."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer; got {value!r}")
 
 
 def unfair(order: Order, k: int) -> str | None:

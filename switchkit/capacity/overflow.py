@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from switchkit.capacity.base import place_by_arrival
+from switchkit.capacity.base import check_whole, place_by_arrival
 from switchkit.capacity.policies import Factor, Rounding
 from switchkit.records import Routing, experts_of
 from switchkit.registry import register
@@ -28,7 +28,8 @@ class NoTokenLeftBehind(Factor):
     `ntlb_top_k`; the paper found no gain in quality.
 
     Raises:
-        ValueError: as `factor`; rounds below 1; a router whose tokens do not all make the same number of choices.
+        ValueError: as `factor`; rounds that is no integer or below 1; a router whose tokens do not all make the same
+            number of choices.
 
     Source: arXiv 2101.03961, appendix B.
     """
@@ -44,6 +45,7 @@ class NoTokenLeftBehind(Factor):
         multiple: int = 1,
     ) -> None:
         super().__init__(train, eval, rounding=rounding, minimum=minimum, multiple=multiple)
+        check_whole("rounds", rounds)
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {rounds}")
         self.rounds = rounds

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 from typing import Literal
 
-from switchkit.capacity.base import CapacityPolicy, Order, check_order, unfair
+from switchkit.capacity.base import CapacityPolicy, Order, check_order, check_whole, unfair
 from switchkit.registry import register
 
 __all__ = ["Dropless", "Factor", "Fixed"]
@@ -33,8 +33,8 @@ class Factor(CapacityPolicy):
     and DeepSpeed at random.
 
     Raises:
-        ValueError: a factor that is not a finite number above 0, a minimum or multiple below 1, an unknown rounding or
-            order.
+        ValueError: a factor that is not a finite number above 0, a minimum or multiple that is no integer or below 1,
+            an unknown rounding or order.
 
     Source: arXiv 2101.03961, equation 3.
     """
@@ -54,6 +54,7 @@ class Factor(CapacityPolicy):
         if rounding not in ("ceil", "floor", "round"):
             raise ValueError(f"rounding must be 'ceil', 'floor' or 'round'; got {rounding!r}")
         for name, value in (("minimum", minimum), ("multiple", multiple)):
+            check_whole(name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
             _check_most(name, value)
@@ -106,13 +107,15 @@ class Fixed(CapacityPolicy):
     Elsewhere: Hugging Face uses the one number in training and in evaluation.
 
     Raises:
-        ValueError: a number below 1, an unknown order.
+        ValueError: a number that is no integer or below 1, an unknown order.
 
     Source: `expert_capacity` of SwitchTransformersConfig, Hugging Face transformers.
     """
 
     def __init__(self, train: int | None = 64, eval: int | None = None, *, order: Order = "arrival") -> None:
         for name, value in (("train", train), ("eval", eval)):
+            if value is not None:
+                check_whole(f"{name} capacity", value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} capacity must be at least 1, or null for dropless; got {value}")
             _check_most(f"{name} capacity", value or 0)
