@@ -408,24 +408,40 @@ class LanguageModule(L.LightningModule):
         return super().load_state_dict(state_like(state_dict, self), strict=strict, assign=assign)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: str | torch.device | None = None,
+        *,
+        strict: bool = True,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
         """The model of a checkpoint, rebuilt from the file alone; `arguments` replace the constructor's own.
 
-        Nothing is imported because a file names it, and nothing but plain data is read.
+        Nothing is imported because a file names it, and nothing but plain data is read, whatever `weights_only` says.
+
+        Args:
+            checkpoint_path: a file, or a folder that several devices wrote.
+            map_location: the device of the model; None: the CPU.
+            strict: False: weights that the model lacks are left out, and those that the file lacks are fresh.
+            weights_only: for Lightning's sake.
 
         Raises:
             ValueError: see `switchkit.checkpoints.read`; a part of your own that is not imported yet; weights that do
-                not fit `arguments`.
+                not fit `arguments`; a map_location that is no device.
         """
+        if not isinstance(map_location, str | torch.device | None):
+            raise ValueError(f"map_location must be a device, such as 'cuda:0'; got {map_location!r}")
         content = checkpoints.read(Path(checkpoint_path))
         factory = build(content["switchkit"]["model"])
         if not issubclass(factory.func, cls):
             raise ValueError(f"{checkpoint_path} holds a {full_path(factory.func)}, which is no {cls.__name__}")
         with later(False):
             module = factory(**arguments)
-        module.load_state_dict(content["state_dict"])
+        module.load_state_dict(content["state_dict"], strict=strict)
         module.on_load_checkpoint(content)
-        return module.to(map_location)
+        return module.to(map_location or "cpu")
 
 
 def _built(losses: Sequence[LossFactory]) -> list[Loss]:

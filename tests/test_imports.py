@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import dis
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType
 
 import pytest
 from shapes import PACKAGE
@@ -112,6 +117,28 @@ def test_imports_rows_above_only(path: Path) -> None:
     assert place in ROW, f"{place} is in no row: give it one"
     bad = wrong(place, imports(path))
     assert not bad, f"{path.relative_to(PACKAGE)} (row {ROW[place]}) may not import {', '.join(bad)}"
+
+
+def unknown(code: CodeType, known: set[str]) -> list[str]:
+    """Names that a piece of code and those within it look for in the module, which does not have them."""
+    found = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
+    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in unknown(part, known)]
+    return [name for name in found if name not in known] + inner
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_every_name_is_known(path: Path) -> None:
+    """The linters leave this out, as shape strings look like names."""
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    if "triton" in path.read_text(encoding="utf-8") and find_spec("triton") is None:
+        pytest.skip("no Triton")
+    known = {*vars(import_module(name)), *vars(builtins)}
+    assert unknown(compile(path.read_text(encoding="utf-8"), path, "exec"), known) == []
+
+
+def test_an_unknown_name_is_found() -> None:
+    code = compile("def one():\n    return [nothing(x) for x in known]", "here", "exec")
+    assert unknown(code, {"known"}) == ["nothing"]
 
 
 @pytest.mark.parametrize(

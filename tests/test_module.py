@@ -335,6 +335,23 @@ def test_checkpoint_rebuilds_model_and_tokenizer(tmp_path: Path) -> None:
     LanguageModule.load_from_checkpoint(tmp_path / "version_1/checkpoints/last.ckpt")
 
 
+def test_load_from_checkpoint_takes_what_lightning_s_takes(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=1)
+    loop.fit(module(source), source)
+    path = checkpoint_folder(loop) / "last.ckpt"
+    for given in ("cpu", torch.device("cpu"), None):
+        LanguageModule.load_from_checkpoint(path, given, weights_only=True)
+    with pytest.raises(ValueError, match="map_location must be a device, such as 'cuda:0'; got <function"):
+        LanguageModule.load_from_checkpoint(path, lambda storage, place: storage)
+    wider = partial(NET, sparse=[])
+    with pytest.raises(ValueError, match="these weights belong to another model"):
+        LanguageModule.load_from_checkpoint(path, net=wider)
+    half = LanguageModule.load_from_checkpoint(path, net=wider, strict=False)
+    whole = LanguageModule.load_from_checkpoint(path)
+    assert torch.equal(half.net.embed.weight, whole.net.embed.weight)
+
+
 def test_load_from_checkpoint_with_another_part(tmp_path: Path) -> None:
     source = data(tmp_path)
     trainer(tmp_path, steps=1).fit(module(source), source)

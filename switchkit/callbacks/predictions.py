@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -124,7 +123,7 @@ def records(outputs: Any, batch: Any, tokenizer: Tokenizer | None) -> Iterator[d
             yield {str(name): value[row].tolist() for name, value in outputs.items()}
             continue
         valid = outputs.get("valid")
-        real = torch.ones_like(outputs["best"][row], dtype=torch.bool) if valid is None else valid[row]
+        real = outputs["targets"][row] != -100 if valid is None else valid[row] & (outputs["targets"][row] != -100)
         nats, best, targets = (outputs[name][row][real] for name in ("nats", "best", "targets"))
         line: dict[str, Any] = {
             "loss": round(float(nats.double().mean()), 6) if len(nats) else None,

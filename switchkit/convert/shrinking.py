@@ -190,9 +190,7 @@ def to_dense(module: LanguageModule, measured: Measured, *, how: How = "aligned"
     feed_forward = describe(FeedForward)
     feed_forward["init_args"] = {**known, "activation": activation, "gated": gated}
     net = {
-        **{
-            name: value for name, value in arguments.items() if name not in ("num_experts", "expert_d_ff", "allow_leak")
-        },
+        **{name: value for name, value in arguments.items() if name not in OF_EXPERTS},
         **{"sparse": [], "feed_forward": feed_forward},
         **_widths(module, widths),
     }

@@ -102,6 +102,13 @@ def test_a_translation_has_its_source_as_text() -> None:
     assert "text" not in next(records(outputs, batch, None))
 
 
+def test_targets_that_do_not_count_are_left_out() -> None:
+    targets = torch.tensor([[3, -100, 4]])
+    outputs = {"nats": torch.tensor([[0.5, 0.0, 1.0]]), "best": targets, "targets": targets}
+    (line,) = records(outputs, {}, None)
+    assert (line["tokens"], line["nats"], line["loss"]) == ([3, 4], [0.5, 1.0], 0.75)
+
+
 def test_results_of_a_module_of_ones_own() -> None:
     assert list(records({"a": torch.tensor([1, 2]), "b": torch.eye(2)}, None, None)) == [
         {"a": 1, "b": [1, 0]},
