@@ -125,8 +125,6 @@ __all__ += [
     "experts_of",
     "kept_ones",
     "mean_entropy",
-    "router_rows",
-    "smooth_load",
     "spans",
     "sum_probs",
     "sum_weights",
@@ -241,53 +239,6 @@ def entropy(weights: Float[Tensor, "*any E"]) -> Float[Tensor, "*any"]:
     p = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
     # Bounded below: p log p has an infinite slope at 0, which times a saturated softmax would be NaN.
     return -(p * p.clamp(min=tiny).log()).sum(-1)
-
-
-def smooth_load(routing: Routing, *, excluding: bool) -> Float[Tensor, "E"]:
-    """Expected number of tokens of each expert if its own noise were drawn again, the noise of the others as it is.
-
-    ``sum_x Phi((logits_e - threshold) / std)``, where the threshold is the k-th largest noisy logit among the other
-    experts (`excluding`) or among all. Reads `extras["noisy"]` and `extras["std"]` [G, S, E].
-
-    Raises:
-        ValueError: a router without noise, or without k choices per token.
-    """
-    k, experts = routing.k, routing.logits.shape[-1]
-    if k is None or "noisy" not in routing.extras or "std" not in routing.extras:
-        raise ValueError(
-            "the load loss needs extras 'noisy' and 'std' and k choices per token, which the router noisy_top_k "
-            f"provides; got extras {sorted(routing.extras)} and k={k}: use that router, or the loss importance"
-        )
-    # Padding must not reach the arithmetic: what is not finite there would spoil the gradient of the rest.
-    padding = ~routing.valid.unsqueeze(-1)
-    clean, noisy = (x.masked_fill(padding, 0) for x in (routing.logits, routing.extras["noisy"]))
-    std = routing.extras["std"].masked_fill(padding, 1).clamp(min=torch.finfo(clean.dtype).eps)
-    if excluding and k >= experts:
-        chance = torch.ones_like(clean)
-    else:
-        best = noisy.topk(k + 1 if excluding else k, dim=-1).values
-        threshold = best[..., k - 1 : k]
-        if excluding:
-            # Without one of the k best, the k-th of the others is the one after them.
-            threshold = torch.where(noisy > best[..., k:], best[..., k:], threshold)
-        chance = torch.special.ndtr((clean - threshold) / std)
-    return chance.masked_fill(padding, 0).sum((0, 1))
-
-
-def router_rows(routing: Routing) -> Float[Tensor, "E D"]:
-    """The router's weights, one row for each expert, in float32 or better: `extras["rows"]`.
-
-    Raises:
-        ValueError: a router that has no such rows, or does not hand them over.
-    """
-    if "rows" not in routing.extras:
-        raise ValueError(
-            "the orthogonality loss needs extras 'rows' [E, D], which routers with one linear map provide (switch, "
-            f"top_k, ...); got extras {sorted(routing.extras)}: use such a router, or return "
-            "token_choice(..., extras=self.extras()) from your own LinearRouter"
-        )
-    rows = routing.extras["rows"]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def target_k(routing: Routing) -> Float[Tensor, ""] | int | float:

@@ -11,15 +11,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.losses.base import Loss, one_of, over_layers
-from switchkit.records import Routing, count_tokens, router_rows
+from switchkit.records import Routing, count_tokens
 from switchkit.registry import register
 
 __all__ = ["Orthogonality", "orthogonality"]
 
 
+def _router_rows(routing: Routing) -> Float[Tensor, "E D"]:
+    """The router's weights, one row for each expert, in float32 or better: `extras["rows"]`.
+
+    Raises:
+        ValueError: a router that has no such rows, or does not hand them over.
+    """
+    if "rows" not in routing.extras:
+        raise ValueError(
+            "the orthogonality loss needs extras 'rows' [E, D], which routers with one linear map provide (switch, "
+            f"top_k, ...); got extras {sorted(routing.extras)}: use such a router, or return "
+            "token_choice(..., extras=self.extras()) from your own LinearRouter"
+        )
+    rows = routing.extras["rows"]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def orthogonality(routing: Routing) -> Float[Tensor, ""]:
     """Mean squared cosine between the rows of two different experts; zero for one expert or without a real token."""
-    rows = router_rows(routing)
+    rows = _router_rows(routing)
     # The training step may run under autocast, where the product would be rounded to half precision.
     with torch.autocast(rows.device.type, enabled=False):
         rows = F.normalize(rows, dim=-1)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.losses.base import Loss, one_of, over_layers
-from switchkit.records import Routing, smooth_load, sum_probs, sum_weights
+from switchkit.records import Routing, sum_probs, sum_weights
 from switchkit.registry import register
 
-__all__ = ["Importance", "Load", "importance", "load_variation", "squared_variation"]
+__all__ = ["Importance", "Load", "importance", "load_variation", "smooth_load", "squared_variation"]
 
 
 def squared_variation(x: Float[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -25,6 +25,37 @@ def squared_variation(x: Float[Tensor, "E"]) -> Float[Tensor, ""]:
 def importance(routing: Routing, *, of: Literal["weight", "probs"] = "weight") -> Float[Tensor, ""]:
     """Squared coefficient of variation of the summed weights, or probabilities, of the experts of one layer."""
     return squared_variation(sum_weights(routing) if of == "weight" else sum_probs(routing).squeeze(0))
+
+
+def smooth_load(routing: Routing, *, excluding: bool) -> Float[Tensor, "E"]:
+    """Expected number of tokens of each expert if its own noise were drawn again, the noise of the others as it is.
+
+    ``sum_x Phi((logits_e - threshold) / std)``, where the threshold is the k-th largest noisy logit among the other
+    experts (`excluding`) or among all. Reads `extras["noisy"]` and `extras["std"]` [G, S, E].
+
+    Raises:
+        ValueError: a router without noise, or without k choices per token.
+    """
+    k, experts = routing.k, routing.logits.shape[-1]
+    if k is None or "noisy" not in routing.extras or "std" not in routing.extras:
+        raise ValueError(
+            "the load loss needs extras 'noisy' and 'std' and k choices per token, which the router noisy_top_k "
+            f"provides; got extras {sorted(routing.extras)} and k={k}: use that router, or the loss importance"
+        )
+    # Padding must not reach the arithmetic: what is not finite there would spoil the gradient of the rest.
+    padding = ~routing.valid.unsqueeze(-1)
+    clean, noisy = (x.masked_fill(padding, 0) for x in (routing.logits, routing.extras["noisy"]))
+    std = routing.extras["std"].masked_fill(padding, 1).clamp(min=torch.finfo(clean.dtype).eps)
+    if excluding and k >= experts:
+        chance = torch.ones_like(clean)
+    else:
+        best = noisy.topk(k + 1 if excluding else k, dim=-1).values
+        threshold = best[..., k - 1 : k]
+        if excluding:
+            # Without one of the k best, the k-th of the others is the one after them.
+            threshold = torch.where(noisy > best[..., k:], best[..., k:], threshold)
+        chance = torch.special.ndtr((clean - threshold) / std)
+    return chance.masked_fill(padding, 0).sum((0, 1))
 
 
 def load_variation(routing: Routing, *, threshold: Literal["excluding", "kth"] = "excluding") -> Float[Tensor, ""]:

@@ -10,8 +10,7 @@ import torch
 from properties import Case, collapsed, run
 
 from switchkit import Importance, Load, NoTokenLeftBehind, Routing
-from switchkit.losses.variation import squared_variation
-from switchkit.records import smooth_load
+from switchkit.losses.variation import smooth_load, squared_variation
 from switchkit.routing.base import softmax, token_choice
 
 
