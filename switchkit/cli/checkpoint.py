@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Source
 
-__all__ = ["checkpoint_path", "given_checkpoint", "read_checkpoint", "root_dir"]
+__all__ = ["checkpoint_path", "given_checkpoint", "missing_told", "read_checkpoint", "root_dir"]
 
 
 def given_checkpoint(sources: Sequence[Source], option: str = "ckpt_path") -> Path | None:
@@ -61,6 +62,31 @@ def read_checkpoint(path: Path, *, resume: bool = False) -> tuple[Source, Any]:
         model = {**model, "init_args": arguments}
     values = {"model": model, "data": settings.get("data")}
     return Source({key: value for key, value in values.items() if value}, str(path)), tokenizer
+
+
+@contextmanager
+def missing_told(path: str | None) -> Iterator[None]:
+    """Where data are missing that the checkpoint at `path` names, it is told: they are sought from another folder.
+
+    Raises:
+        UserError: so it is.
+    """
+    from switchkit.data.published import DataError
+
+    try:
+        yield
+    except DataError as error:
+        if path is None or "does not exist" not in str(error):
+            raise
+        kept, _ = read_checkpoint(Path(path))
+        values = (kept.values.get("data") or {}).get("init_args", {}).values()
+        names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+        if not any(isinstance(name, str) and repr(name) in str(error) for name in names):
+            raise
+        raise UserError(
+            f"{error}. The checkpoint {path} has it by this name: run in the folder that it was trained in, or give "
+            "the option anew, such as --data.path"
+        ) from error
 
 
 def root_dir(sources: Sequence[Source]) -> str:

@@ -21,6 +21,7 @@ from switchkit import __version__, checkpoints, strategies
 from switchkit.bench.malloc import keep_memory
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.building import reason
+from switchkit.cli.checkpoint import missing_told
 from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
@@ -242,7 +243,8 @@ class SwitchkitCLI(LightningCLI):
                 "with",
                 file=sys.stderr,
             )
-        super()._run_subcommand(subcommand)
+        with missing_told(self.settings.get("ckpt_path") or self.settings.get("init_from")):
+            super()._run_subcommand(subcommand)
 
     def _check_data(self) -> None:
         """Refuses a run without data, which Lightning would end with a traceback; a module of one's own may bring its.

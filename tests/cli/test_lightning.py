@@ -170,6 +170,23 @@ def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
     assert saved["global_step"] == 3
 
 
+@pytest.mark.parametrize("option", ["ckpt_path", "init_from"])
+def test_data_that_a_checkpoint_names_from_another_folder(runs, run, monkeypatch, option):
+    """Unless a path of one's own is given, which is one's own to mend."""
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    path = str(runs / "version_0" / "checkpoints" / "last.ckpt")
+    argv = ["fit", "--plugins", "mine", f"--{option}", path, "--trainer.accelerator", "cpu", "--trainer.max_steps", "3"]
+    code, _, error = run(*argv)
+    assert code == 2
+    assert "data.path 'text.txt' does not exist (from " in error
+    assert f"The checkpoint {path} has it by this name: run in the folder that it was trained in, or give" in error
+    code, _, error = run(*argv, "--data.path", "gone.txt")
+    assert code == 2
+    assert "data.path 'gone.txt' does not exist (from " in error
+    assert "has it by this name" not in error
+
+
 def test_the_speed_of_a_run_that_goes_on_is_of_its_own_steps(runs, run, monkeypatch):
     """One step of 4 sequences of 16 tokens."""
     tokens = []
