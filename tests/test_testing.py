@@ -12,7 +12,7 @@ import pytest
 import shapes
 import test_faults
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchkit import (
     Balance,
@@ -29,6 +29,7 @@ from switchkit import (
     Router,
     RouterZ,
     Routing,
+    Rows,
     Sinkhorn,
     Sorted,
     Switch,
@@ -39,6 +40,7 @@ from switchkit import (
 from switchkit.testing import (
     Broken,
     check_capacity,
+    check_experts,
     check_loss,
     check_router,
     run_router,
@@ -385,6 +387,44 @@ def test_the_callers_random_numbers_stay() -> None:
     before = torch.get_rng_state()
     check_loss(RouterZ)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class OneEach(Experts):
+    """One module for each expert, in a loop that reads the load, as in most first versions."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int, *, copies: bool = False) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.each = nn.ModuleList(
+            nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)) for _ in range(num_experts)
+        )
+        # As long as there are experts, and as long as a token: neither is a stack of experts.
+        self.gain = nn.Parameter(torch.ones(num_experts))
+        self.shift = nn.Parameter(torch.full((d_model,), 0.1))
+        if copies:
+            for expert in self.each:
+                expert.load_state_dict(self.each[0].state_dict())
+
+    def forward(self, rows: Rows) -> Tensor:
+        if rows.x.dim() == 3:
+            mine = torch.arange(rows.x.shape[1]) < rows.load.unsqueeze(1)
+            every = zip(self.each, self.gain, rows.x, strict=True)
+            return torch.stack([e(x + self.shift) * g for e, g, x in every]) * mine.unsqueeze(-1)
+        sizes = rows.load.tolist()
+        *parts, rest = rows.x.split([*sizes, len(rows.x) - sum(sizes)])
+        every = zip(self.each, self.gain, parts, strict=True)
+        return torch.cat([*(e(x + self.shift) * g for e, g, x in every), torch.zeros_like(rest)])
+
+
+def test_experts_of_one_module_each_pass() -> None:
+    with shapes.unchecked():
+        check_experts(OneEach)
+
+
+def test_experts_of_one_module_each_that_are_copies_give_their_sentence() -> None:
+    with pytest.raises(
+        Broken, match=r"OneEach: each\[e\]\.0\.weight of experts 1 and 0 are alike \(relative difference 0\)"
+    ):
+        check_experts(OneEach, skip=("compiles",), copies=True)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -159,7 +159,12 @@ def objective(y: Tensor, balance: Tensor, z: Tensor, valid: Tensor) -> Tensor:
 
 def gradients(loss: Tensor, **wanted: Tensor) -> dict[str, Tensor]:
     """The gradient of each tensor; one that is not reached is an error."""
-    found = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, retain_graph=True)
+    return _gradients(loss, wanted, again=True)
+
+
+def _gradients(loss: Tensor, wanted: Mapping[str, Tensor], *, again: bool) -> dict[str, Tensor]:
+    """As `gradients`; not `again`: the graph is used up."""
+    found = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, retain_graph=again)
     missing = [name for name, grad in zip(wanted, found, strict=True) if grad is None]
     expect(not missing, f"no gradient reaches {', '.join(missing)}")
     return dict(zip(wanted, found, strict=True))
@@ -171,15 +176,25 @@ def results(
     """Outputs at real tokens, losses, and the gradient of everything."""
     x = x.detach().requires_grad_()
     y, routing = run(layer if call is None else call, x, valid, ids)
-    return measured(layer, x, y, Balance()([routing]), RouterZ()([routing]), valid)
+    # A compiled backward pass may write into what it was given, and so refuses to be kept for a second one.
+    return measured(layer, x, y, Balance()([routing]), RouterZ()([routing]), valid, again=False)
 
 
 def measured(
-    layer: nn.Module, x: Tensor, y: Tensor, balance: Tensor, z: Tensor, valid: Tensor, scale: float = 1.0
+    layer: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    balance: Tensor,
+    z: Tensor,
+    valid: Tensor,
+    scale: float = 1.0,
+    *,
+    again: bool = True,
 ) -> dict[str, Tensor]:
     """`results` of outputs and losses that are known already."""
     values = {"y": y * valid.unsqueeze(-1), "balance loss": balance, "z-loss": z}
-    grads = gradients(scale * objective(y, balance, z, valid), x=x, **dict(layer.named_parameters()))
+    loss = scale * objective(y, balance, z, valid)
+    grads = _gradients(loss, {"x": x, **dict(layer.named_parameters())}, again=again)
     return {**values, **{f"gradient of {name}": grad for name, grad in grads.items()}}
 
 

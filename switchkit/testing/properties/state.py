@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -208,15 +209,33 @@ def checkpointing_changes_nothing(case: Case) -> None:
 
 @breaks("experts that start as copies get the same gradient and stay alike")
 def experts_start_different(case: Case) -> None:
-    """Independent draws for every expert."""
-    layer = case.layer()
-    for name, weight in layer.experts.named_parameters():
-        for e in range(len(weight)):
-            for other in range(e):
-                if not bool(weight[e].any()):
-                    continue
-                off = error(weight[e], weight[other])
-                expect(off > 0.5, f"{name} of experts {e} and {other} are alike (relative difference {off:.2g})")
+    """Independent draws for every expert: of stacks [E, ...], and of experts that are one module each.
+
+    What is constant, such as a gain of 1, starts alike on purpose.
+    """
+    for name, weight in _by_expert(case.layer().experts, case.num_experts):
+        drawn = [e for e, own in enumerate(weight) if bool((own != own.flatten()[:1]).any())]
+        for e, other in itertools.combinations(drawn, 2):
+            off = error(weight[other], weight[e])
+            expect(off > 0.5, f"{name} of experts {other} and {e} are alike (relative difference {off:.2g})")
+
+
+def _by_expert(part: nn.Module, number: int, path: str = "") -> Iterator[tuple[str, Sequence[Tensor]]]:
+    """Name and value for each expert of all that `number` experts have one of each."""
+    for name, weight in part.named_parameters(recurse=False):
+        if weight.dim() and len(weight) == number:
+            yield path + name, weight.unbind()
+    for name, child in part.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
+            own = [dict(expert.named_parameters()) for expert in child]
+            for inner, first in own[0].items():
+                each = [weights[inner] for weights in own if inner in weights]
+                # Experts of different widths cannot be copies.
+                if len(each) == number and all(weight.shape == first.shape for weight in each):
+                    yield f"{path}{name}[e].{inner}", each
+        else:
+            inside = child.num_experts if isinstance(child, Experts) else number
+            yield from _by_expert(child, inside, f"{path}{name}.")
 
 
 def layers_start_different() -> None:
