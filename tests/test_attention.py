@@ -137,6 +137,15 @@ def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool) -> None:
     oracle.assert_same(results[0], results[1], EXACT)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_bias_does_not_open_the_future(learns: bool) -> None:
+    attention, x = Attention(8, 2, causal=True).double().eval(), tokens()
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=learns)
+    (grad,) = torch.autograd.grad(attention(x, bias=bias)[0][:, :3].square().sum(), x)
+    assert (grad[:, :3] != 0).any(-1).all()
+    assert (grad[:, 3:] == 0).all()
+
+
 def test_a_query_that_sees_nothing_stays_finite() -> None:
     q = k = v = tokens(1, 3, 4).unsqueeze(1)
     for bias in (torch.zeros(1, 1, 3, 3).double(), torch.zeros(1, 1, 3, 3).double().requires_grad_()):

@@ -93,6 +93,9 @@ def attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=see, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
         )
+    if causal:
+        own = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        see = own if see is None else see & own
     bias = bias.to(q.dtype)
     # Not -inf: a row that sees nothing stays finite.
     mask = bias if see is None else bias.masked_fill(~see, torch.finfo(q.dtype).min)

@@ -60,8 +60,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
     if options.prompt_file != "-":
         jobs = list(jobs)  # a mistake in the last line is told before the first text
-    for index, (prompt, tokens) in enumerate(_answered(options, module, iter(jobs), reads=prefix is not None)):
-        pieces = _texts(tokenizer, tokens)
+    for index, (prompt, ids, tokens) in enumerate(_answered(options, module, iter(jobs), reads=prefix is not None)):
+        pieces = _texts(tokenizer, tokens, [] if prefix is not None else ids.tolist())
         if options.json:
             _write(json.dumps({"prompt": prompt.text, "text": "".join(pieces)}, ensure_ascii=False))
         else:
@@ -72,8 +72,8 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 def _answered(
     options: Namespace, module: LanguageModule, jobs: Iterator[tuple[Prompt, Tensor]], *, reads: bool
-) -> Iterator[tuple[Prompt, Iterator[int]]]:
-    """Each prompt and its new tokens, `batch_size` prompts at a time where that gives the same texts."""
+) -> Iterator[tuple[Prompt, Tensor, Iterator[int]]]:
+    """Each prompt, its tokens and the new ones, `batch_size` prompts at a time where that gives the same texts."""
     from switchkit.generation import completions, one_at_a_time
 
     told: set[str] = set()
@@ -86,7 +86,8 @@ def _answered(
             print(f"switchkit: one prompt at a time, for a batch would change the texts: {why}", file=sys.stderr)
         if len(batch) == 1 or why is not None:
             for index, (prompt, ids) in enumerate(batch, first):
-                yield prompt, module.generate(ids, options.max_new_tokens, **_search(options, [index], reads=reads))
+                search = _search(options, [index], reads=reads)
+                yield prompt, ids, module.generate(ids, options.max_new_tokens, **search)
         else:
             rows = [ids.to(module.device) for ids in prompts]
             search = _search(options, range(first, first + len(batch)), reads=reads)
@@ -94,7 +95,7 @@ def _answered(
             found = completions(
                 module.net, rows, options.max_new_tokens, eos_id=module.end_ids, symbols=symbols, **search
             )
-            yield from ((prompt, iter(ids)) for (prompt, _), ids in zip(batch, found, strict=True))
+            yield from ((prompt, ids, iter(new)) for (prompt, ids), new in zip(batch, found, strict=True))
         first += len(batch)
 
 
@@ -214,10 +215,14 @@ def _parser(command: str) -> OptionParser:
     return parser
 
 
-def _texts(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The new text, piece by piece. Decoded from the start each time: one token need not be a whole character."""
-    ids: list[int] = []
-    shown = ""
+def _texts(tokenizer: Tokenizer, tokens: Iterator[int], before: list[int]) -> Iterator[str]:
+    """The new text, piece by piece. Decoded from the start each time: one token need not be a whole character.
+
+    `before`: the tokens that it goes on from, with which a space at its beginning shows.
+    """
+    before = [number for number in before if number < tokenizer.vocab_size]
+    ids = list(before)
+    shown = tokenizer.decode(before) if before else ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from switchkit import CharTokenizer, Decoder, EncoderDecoder, Factor, LanguageModule, MoELayer, TopK
 from switchkit.data import ByteTokenizer
 from switchkit.data.encoded_pairs import prefixes_of
+from switchkit.data.subwords import FileTokenizer
 
 SIZES = {"d_model": 16, "num_heads": 2, "d_ff": 16, "num_experts": 2}
 NET = partial(Decoder, num_layers=2, context=24, **SIZES)
@@ -63,6 +65,19 @@ def test_the_same_text_with_a_cache_and_without(letters, run):
     assert len(out) == 28
     assert generate(run, "--prompt", "abc def", "--no_cache") == out
     assert generate(run, "--prompt", "abc def", "--seed", "1") != out
+
+
+def test_a_space_at_the_beginning_of_the_new_text_is_shown(folder, run):
+    """A vocabulary whose tokens begin with their space, as SentencePiece makes them: alone, the first one has none."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁king": 2}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    module = save("words.ckpt", LanguageModule(NET, tokenizer=FileTokenizer(content=words.to_str())))
+    out = generate(run, "--prompt", "a king", "--temperature", "0", ckpt="words.ckpt")
+    ids = module.tokenizer.encode("a king")
+    told = list(module.generate(ids, 20, temperature=0))
+    assert out.removesuffix("\n") == module.tokenizer.decode([*ids.tolist(), *told])
+    assert "aking" not in out.replace(" ", "_")
+    assert out.startswith("a king ")
 
 
 def test_a_file_of_prompts(letters, run):
