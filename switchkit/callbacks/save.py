@@ -128,9 +128,13 @@ class SaveBest(Checkpoint):
             self.path, self.value = Path(path), state_dict["value"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, math.inf))
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            rank_zero_warn(f"best.ckpt is not saved: nobody logs {self.monitor}; there are {known}")
+            return
+        value = float(trainer.callback_metrics[self.monitor])
         if value < self.value:
             self.value = value
             self.path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "best.ckpt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from switchkit.cli.checkpoint import missing_told
 from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.parser import SwitchkitParser
 from switchkit.cli.part_help import part_help
+from switchkit.cli.quiet import quiet
 from switchkit.cli.ranges import check_run
 from switchkit.cli.settings import compose
 from switchkit.cli.trainer_parts import add_parts
@@ -64,7 +64,7 @@ class SwitchkitCLI(LightningCLI):
     def __init__(self, command: str, argv: Sequence[str], *, execute: bool = True) -> None:
         self.command, self.execute = command, execute
         self.arguments = read_arguments(argv)
-        _quiet(command)
+        quiet(command)
         # Merged before Lightning builds its parsers, so that a mistake is told at once.
         asks_help = self.arguments.help or self.arguments.part_help is not None
         self._tree: dict[str, Any] = {} if asks_help else compose(command, self.arguments)
@@ -304,16 +304,3 @@ class ModelOnly(SwitchkitCLI):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-
-
-def _quiet(command: str) -> None:
-    """Drop advertisements, and warnings that a user of the command line can do nothing about."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available"))
-    )
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    # Rows are logged by optimizer steps, over the ends of epochs.
-    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
-    if command != "fit":
-        # Saving is nothing that a test run does.
-        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")

@@ -100,6 +100,14 @@ def test_validation_within_a_step_is_warned_of(tmp_path: Path) -> None:
         trainer(tmp_path, steps=3, accumulate_grad_batches=3, val_check_interval=7).fit(module(source), source)
 
 
+def test_a_metric_that_nobody_logs_is_told(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=7)
+    loop.callbacks[:] = [c if not isinstance(c, SaveBest) else SaveBest("val/los") for c in loop.callbacks]
+    with pytest.warns(UserWarning, match="best.ckpt is not saved: nobody logs val/los; there are .*val/loss"):
+        loop.fit(module(source), source)
+
+
 def test_fast_dev_run_saves_nothing(tmp_path: Path) -> None:
     source = data(tmp_path)
     trainer(tmp_path, fast_dev_run=3, steps=3).fit(module(source), source)
