@@ -33,16 +33,19 @@ def probabilities(
 
     Source: top_p is nucleus sampling, arXiv 1904.09751.
     """
-    scaled = logits / temperature
-    if top_k is None and top_p is None:
+    # The largest at 0, so that a small temperature makes none infinite.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is None and top_p in (None, 1):
         return scaled.softmax(-1)
     ranked, order = scaled.sort(descending=True, stable=True)
     if top_k is not None:
         ranked[..., top_k:] = -math.inf
     probs = ranked.softmax(-1)
-    if top_p is not None:
-        # A token stays while those before it have not reached top_p, so the first always stays.
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    if top_p is not None and top_p < 1:
+        # A token stays while those before it have not reached top_p, so the first always stays. In float64: sums over
+        # a large vocabulary reach it early in float32.
+        exact = ranked.double().softmax(-1)
+        probs = probs.masked_fill(exact.cumsum(-1) - exact >= top_p, 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, order, probs)
 

@@ -105,14 +105,16 @@ def test_enough_beams_find_the_best_of_all_sequences(seed: int, alpha: float) ->
     assert float(found.log_prob[0]) == pytest.approx(scores[best], rel=1e-5)
 
 
-def by_hand(net: Trigram, prompt: list[int], beams: int, count: int, alpha: float) -> list[int]:
+def by_hand(
+    net: Trigram, prompt: list[int], beams: int, count: int, alpha: float, ends: tuple[int, ...] = (EOS,)
+) -> list[int]:
     """Beam search over lists, to the last step whatever is found before."""
     nats, running, done = net.nats(), [(0.0, [])], []
     for length in range(1, count + 1):
         nexts = [(log_prob(nats, prompt, [*new, t]), [*new, t]) for _, new in running for t in range(VOCAB)]
         nexts.sort(key=lambda pair: -pair[0])
-        done += [(s / penalty(length, alpha), new) for s, new in nexts[:beams] if new[-1] == EOS or length == count]
-        running = [pair for pair in nexts if pair[1][-1] != EOS][:beams]
+        done += [(s / penalty(length, alpha), new) for s, new in nexts[:beams] if new[-1] in ends or length == count]
+        running = [pair for pair in nexts if pair[1][-1] not in ends][:beams]
     return max(done)[1]
 
 
@@ -126,6 +128,32 @@ def test_few_beams_search_as_a_loop_over_lists_does(beams: int, alpha: float) ->
         options = {"max_new_tokens": 5, "num_beams": beams, "length_penalty": alpha, "eos_id": EOS}
         assert rows_of(generate(net, torch.tensor(prompts), **options)) == want
         assert rows_of(generate(net, torch.tensor(prompts), use_cache=False, **options)) == want
+
+
+@pytest.mark.parametrize("ends", [(0, EOS), (0, 1, EOS)])
+def test_several_ends_leave_as_many_beginnings(ends: tuple[int, ...]) -> None:
+    prompts = [[0, 1], [2, 2], [1, 0], [2, 1], [0, 0]]
+    for seed in range(6):
+        net = Trigram(seed=seed)
+        want = [by_hand(net, prompt, 3, 5, 2.0, ends) for prompt in prompts]
+        options = {"max_new_tokens": 5, "num_beams": 3, "length_penalty": 2.0, "eos_id": ends}
+        assert rows_of(generate(net, torch.tensor(prompts), **options)) == want
+
+
+def test_the_whole_nucleus_is_the_softmax() -> None:
+    """Sums over a large vocabulary in float32 reach 1 long before its last token."""
+    logits = 3 * torch.randn(150_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(probabilities(logits, 1.0, None, 1.0), logits.softmax(-1))
+    kept = probabilities(logits, 1.0, None, 0.9999) > 0
+    ranked = logits.double().softmax(-1).sort(descending=True).values
+    wanted = int((ranked.cumsum(0) - ranked < 0.9999).sum())
+    assert abs(int(kept.sum()) - wanted) < 0.001 * wanted
+
+
+def test_a_temperature_next_to_zero_takes_the_likeliest() -> None:
+    logits = torch.tensor([100.0, 300.0, -200.0])
+    for cuts in ((None, None), (2, None), (None, 0.5)):
+        assert probabilities(logits, 1e-37, *cuts).tolist() == [0, 1, 0]
 
 
 def test_one_beam_is_greedy() -> None:

@@ -57,6 +57,11 @@ class Source:
         """Whether its values are text still to be read, as those of a command line are."""
         return isinstance(self.values, Edit)
 
+    @property
+    def variable(self) -> bool:
+        """Whether it is a variable of the environment: text that was not typed."""
+        return self.typed and bool(self.label)
+
     def where(self, key: str) -> str:
         return f"{self.label}: {key}" if self.label else f"--{key}"
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from switchkit.cli.arguments import Arguments, environment
 from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Source, edit, merge, merge_arguments, require, subconfig, target_of
+from switchkit.cli.normalise import Edit, Source, edit, is_spec, merge, merge_arguments, require, subconfig, target_of
 from switchkit.cli.options import new_file
 from switchkit.cli.plugins import import_plugins, load_entry_points
 from switchkit.cli.ranges import check_ranges
@@ -116,11 +116,36 @@ def _read(name: str) -> Source:
 
 
 def merge_all(sources: Iterable[Source], command: str) -> dict[str, Any]:
-    """The tree of several sources, the later over the earlier."""
+    """The tree of several sources, the later over the earlier.
+
+    A variable of the environment may set an option of a class that only a later source names: in the end it fills what
+    is left out.
+    """
     tree: dict[str, Any] = {}
+    variables: list[Source] = []
     for source in sources:
-        tree = _merge_root(tree, source, command)
+        if not source.variable:
+            tree = _merge_root(tree, source, command)
+            continue
+        variables.append(source)
+        with suppress(UserError):
+            tree = _merge_root(tree, source, command)
+    for variable in variables:
+        if not _says(tree, variable.values):
+            tree = _merge_root(tree, variable, command)
     return tree
+
+
+def _says(tree: Any, values: Any) -> bool:
+    """Whether a tree has a value where `values`, nested mappings of one key each, have one."""
+    while isinstance(values, Edit):
+        ((name, values),) = values.items()
+        if is_spec(tree) and name not in tree:
+            tree = tree.get("init_args") or {}
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:

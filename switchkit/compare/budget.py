@@ -61,7 +61,9 @@ class Budget:
         return cls(kind, value)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+        if self.value is None:
+            return self.kind
+        return f"{self.kind}={int(self.value) if self.kind == 'steps' else self.value:.12g}"
 
     def steps(
         self,
@@ -103,12 +105,10 @@ class Budget:
             found[name] = steps_within(found[other] * costs[other].flops, costs[name].flops)
         short = [name for name, steps in found.items() if steps < 1]
         if short:
-            need = max(
-                (costs[name].flops if self.kind == "flops" else seconds_per_step.get(name, 0) / 60 / MARGIN)
-                for name in short
-            )
+            minutes = max(seconds_per_step.get(name, 0) for name in short) / 60 / MARGIN
+            flops = max(costs[name].flops for name in short)
+            need = f"{minutes:.3g} minutes" if self.kind == "minutes" else f"{flops:.3g} FLOPs"
             raise UserError(
-                f"--budget {self}: too little for a single step of {', '.join(short)}; "
-                f"one step takes {need:.3g} {self.kind}: give more"
+                f"--budget {self}: too little for a single step of {', '.join(short)}; one step takes {need}: give more"
             )
         return found

@@ -89,7 +89,8 @@ class Recorder(L.Callback):
             self._dropped = self._dropped + stats["dropped"].sum()
         total, count = self._losses
         # In float64, so that a sum that was saved and read goes on as it would have.
-        self._losses = (total + outputs["loss"].detach().double(), count + 1)
+        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches  # which Lightning has divided it by
+        self._losses = (total + loss, count + 1)
         self.tokens += batch["tokens"].numel()
         new_step = trainer.global_step != self.steps
         if new_step and (trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps):
@@ -108,7 +109,7 @@ class Recorder(L.Callback):
             trainer.should_stop = True
         if self.show is not None and (self.done or self.steps % 10 == 0):
             held_out = self.points[-1]["held_out_loss"] if self.points else None
-            self.show(self.steps, float(outputs["loss"]), held_out, self.tokens / max(self.seconds, 1e-9))
+            self.show(self.steps, float(loss), held_out, self.tokens / max(self.seconds, 1e-9))
 
     def _point(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total, count = self._losses

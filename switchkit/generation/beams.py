@@ -30,6 +30,8 @@ def search(
     above its best candidate any more: log-probabilities only fall, and no divisor is larger than that of `count`.
     """
     stops = ends_of(eos_id)
+    # So many of all continuations that `beams` do not end, whatever ends a text.
+    wide = (1 + max(len(stops), 1)) * beams
     rows, device = window.rows, window.tokens.device
     found: list[Tensor] = [torch.empty(0, dtype=torch.long, device=device) for _ in range(rows)]
     best, log_prob = torch.full((rows,), -math.inf, device=device), torch.zeros(rows, device=device)
@@ -46,7 +48,7 @@ def search(
             logits = logits[first]
         symbols = logits.shape[-1]
         reached = score.unsqueeze(-1) + logits.log_softmax(-1).view(len(going), beams, symbols)
-        value, place = reached.flatten(1).topk(min(2 * beams, beams * symbols))
+        value, place = reached.flatten(1).topk(min(wide, beams * symbols))
         parent, token = place // symbols, place % symbols
         ends = is_end(token, stops)
         if length == count:

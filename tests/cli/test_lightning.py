@@ -11,6 +11,7 @@ import yaml
 from switchkit import report
 from switchkit.cli import main
 from switchkit.cli.arguments import read_arguments
+from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.settings import compose
 
@@ -85,6 +86,20 @@ def test_variables_come_before_configurations(monkeypatch):
     assert found["trainer"]["max_steps"] == 2
     assert found["trainer"]["max_epochs"] == 9
     assert found["data"]["init_args"]["path"] == "text.txt"
+
+
+def test_variables_wait_for_the_class_that_they_belong_to(monkeypatch):
+    monkeypatch.setenv("SWITCHKIT_FIT__DATA__EVAL_BATCH_SIZE", "3")
+    monkeypatch.setenv("SWITCHKIT_FIT__DATA__CONTEXT", "999")  # which the recipe says
+    monkeypatch.setenv("SWITCHKIT_FIT__MODEL__MOE__GROUP", "batch")
+    found = settings("fit", *SMALL, "--trainer.max_steps", "4")
+    assert found["data"]["init_args"]["eval_batch_size"] == 3
+    assert found["data"]["init_args"]["context"] != 999
+    assert found["model"]["init_args"]["moe"]["init_args"]["group"] == "batch"
+    assert router(found)["init_args"] == {"jitter": 0.3}
+    monkeypatch.setenv("SWITCHKIT_FIT__DATA__BATCH_SIZ", "3")
+    with pytest.raises(UserError, match=r"SWITCHKIT_FIT__DATA__BATCH_SIZ: .*batch_size"):
+        settings("fit", *SMALL)
 
 
 def test_plugins_in_a_configuration_and_a_router_beside_it(folder):

@@ -60,8 +60,15 @@ def test_a_budget_without_a_number_to_go_by() -> None:
         steps("flops", first=None)
 
 
+def test_a_budget_is_written_as_it_was_given() -> None:
+    for text in ("steps=1000001", "flops=123456789", "minutes=2.5", "flops"):
+        assert str(Budget.parse(text)) == text
+
+
 def test_a_budget_that_no_step_fits_in() -> None:
-    with pytest.raises(UserError, match=r"too little for a single step of top2; one step takes 1.5e\+03 flops"):
+    with pytest.raises(UserError, match=r"too little for a single step of top2; one step takes 1.5e\+03 FLOPs"):
+        Budget("steps", 1).steps(COSTS, None, {}, {"top2": "dense"})
+    with pytest.raises(UserError, match=r"too little for a single step of top2; one step takes 1.5e\+03 FLOPs"):
         steps("flops=1200")
     with pytest.raises(UserError, match="too little for a single step of dense, top2; one step takes 0.0351 minutes"):
         steps("minutes=0.01", seconds={"dense": 1.0, "top2": 2.0})
