@@ -87,7 +87,10 @@ def attend(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Float[Tensor, "B H S Wv"]:
-    """``softmax(scale q k^T + bias) v`` over what each query may see; a query that sees nothing takes the mean of v."""
+    """``softmax(scale q k^T + bias) v`` over what each query may see.
+
+    One that sees nothing gets zeros, with a bias the mean of v.
+    """
     grouped = q.shape[1] != k.shape[1]
     if bias is None:
         return F.scaled_dot_product_attention(

@@ -231,6 +231,12 @@ def _append(old: Any, new: Any, hint: Any, key: str, source: Source) -> list[Any
     place = place_of(hint)
     if place is not None and not place.many:
         raise UserError(f"{source.where(key)}: this is one {place.word}, not a list that could be added to")
+    if place is not None and old is None and key.startswith("model."):
+        # Without losses a module takes a default one.
+        raise UserError(
+            f"{source.where(key)}: nothing has set {(name := key.removesuffix('+'))} yet, and its default need not be "
+            f"empty: give the whole list, such as --{name} '[A, B]'"
+        )
     if isinstance(new, str) and source.typed:
         new = _read(new, key, source)
     added = new if isinstance(new, list) else [new]

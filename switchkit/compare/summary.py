@@ -56,28 +56,28 @@ class Pair:
 def speed_ups(results: Sequence[Result], twin: str) -> dict[tuple[str, int], SpeedUp]:
     """Of every finished run whose twin of the same seed finished.
 
-    The target is the last held-out loss of the twin's curve. Both are read off curves of the same held-out tokens.
+    The target is the last held-out loss of the twin's curve. What each of them needed is where its curve first came
+    down to it: a twin that overfits was there before its end. The curves are of the same held-out tokens.
     """
-    ends = {r.seed: r.points[-1] for r in results if r.run == twin and r.finished and r.points}
+    twins = {r.seed: r for r in results if r.run == twin and r.finished and r.points}
     found = {}
     for result in results:
-        if not result.finished or result.seed not in ends:
+        if not result.finished or result.seed not in twins:
             continue
-        end = ends[result.seed]
-        if result.run == twin:
-            found[result.run, result.seed] = SpeedUp(end["held_out_loss"], 1.0, 1.0)
-            continue
-        losses = [point["held_out_loss"] for point in result.points]
-        needed = {
-            key: reached([point[key] for point in result.points], losses, end["held_out_loss"])
-            for key in ("step", "seconds")
-        }
-        found[result.run, result.seed] = SpeedUp(
-            end["held_out_loss"],
-            None if needed["step"] is None else end["step"] / needed["step"],
-            None if needed["seconds"] is None else end["seconds"] / max(needed["seconds"], 1e-9),
-        )
+        own = twins[result.seed]
+        target = own.points[-1]["held_out_loss"]
+        factors = {}
+        for key in ("step", "seconds"):
+            needed, here = _first(own, key, target), _first(result, key, target)
+            factors[key] = None if here is None or needed is None else needed / max(here, 1e-9)
+        found[result.run, result.seed] = SpeedUp(target, factors["step"], factors["seconds"])
     return found
+
+
+def _first(result: Result, key: str, target: float) -> float | None:
+    """Where the curve of a run first comes down to a held-out loss; None: nowhere."""
+    losses = [point["held_out_loss"] for point in result.points]
+    return reached([point[key] for point in result.points], losses, target)
 
 
 def rows_of(results: Sequence[Result], twin: str) -> list[Row]:

@@ -193,3 +193,11 @@ def test_a_file_for_the_trainer_holds_for_the_trainer_alone(tmp_path, monkeypatc
     found = merge_all([Source(values, "split.yaml", tmp_path)], "fit")
     assert found["trainer"] == {"max_steps": 3}
     assert found["data"]["class_path"].endswith("TextData")
+
+
+def test_nothing_is_added_to_losses_that_nobody_has_set(run):
+    """Unset they are a balance loss, which one more entry would put out of its place."""
+    code, _, err = run("fit", "--data", "TextData", "--model", "LanguageModule", "--model.losses+", "entropy")
+    assert code == 2
+    assert "--model.losses+: nothing has set model.losses yet" in err
+    assert "--model.losses '[A, B]'" in err

@@ -54,6 +54,12 @@ def test_speed_up_to_the_twin_s_last_loss() -> None:
     assert table["fast"][6] == "5"
 
 
+def test_a_copy_of_a_twin_that_overfits_is_as_fast_as_it() -> None:
+    losses = [3.0, 2.0, 1.5, 1.6, 2.0]
+    found = speed_ups([result("dense", 0, losses), result("copy", 0, losses)], "dense")
+    assert (found["copy", 0].steps, found["copy", 0].seconds) == (1, 1)
+
+
 def test_each_seed_has_its_own_target() -> None:
     results = [
         result("dense", 0, [3.0, 2.0]),
