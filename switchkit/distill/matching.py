@@ -102,8 +102,12 @@ def relation_loss(
 
 
 def even_map(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of layers: layer i of n goes with the teacher's at the same share of its depth, the last with the last."""
-    return [(number, teacher[round((i + 1) * len(teacher) / len(student)) - 1]) for i, number in enumerate(student)]
+    """Pairs of layers: layer i of n goes with the teacher's at the same share of its depth, the last with the last.
+
+    What is shallower than the teacher's first layer goes with that one.
+    """
+    share = len(teacher) / len(student)
+    return [(number, teacher[max(round((i + 1) * share), 1) - 1]) for i, number in enumerate(student)]
 
 
 def blocks_of(net: nn.Module) -> list[Block]:

@@ -58,7 +58,12 @@ def test_relations_against_a_loop(causal):
 def test_layers_are_paired_evenly():
     assert even_map(range(2), range(6)) == [(0, 2), (1, 5)]
     assert even_map([0, 1, 2], [3, 4, 5]) == [(0, 3), (1, 4), (2, 5)]
-    assert even_map(range(4), range(2))[-1] == (3, 1)
+    assert even_map(range(4), range(2)) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    for ours in range(1, 13):
+        for theirs in range(1, 13):
+            found = [other for _, other in even_map(range(ours), range(theirs))]
+            assert found == sorted(found), (ours, theirs)
+            assert found[-1] == theirs - 1, (ours, theirs)
 
 
 def test_hooks_see_what_blocks_give_and_are_gone(tmp_path):
