@@ -193,7 +193,7 @@ class Matching(nn.Module):
             for own, other in self.pairs:
                 x = student.hidden[own]
                 weight = getattr(self, f"from_{own}_to_{other}", None)
-                x = x if weight is None else x.float() @ weight.t()
+                x = x if weight is None else x.float() @ weight.float().t()
                 each.append(hidden_loss(x, teacher.hidden[other], self._valid(own, batch)))
             terms["hidden"] = torch.stack(each).mean()
         if self.last:

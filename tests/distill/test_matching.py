@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from pupils import MOE, batch, student, teacher
-from small import NET
+from small import NET, data, trainer
 
 from switchkit import Decoder, LatentAttention
 from switchkit.distill.matching import Matching, even_map, hidden_loss, relation_loss, watched
@@ -135,3 +135,21 @@ def test_a_narrow_student_is_taken_to_the_teacher_s_width(tmp_path):
     assert not any("from_0" in name for name in pupil.state_dict())
     pupil.training_step(batch(tmp_path), 0)["loss"].backward()
     assert pupil.matching.from_0_to_1.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_learned_matrix_has_the_precision_of_the_run(tmp_path, precision):
+    """The term is that of the same student in float32, to what its states are rounded to."""
+    teacher(tmp_path)
+    narrow = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=24, context=8, sparse=[])
+    found = []
+    for dtype in (torch.float32, {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]):
+        pupil = student(tmp_path, net=narrow, losses=[], hidden_weight=1.0).to(dtype)
+        _, loss, named = pupil._learn(batch(tmp_path))
+        loss.backward()
+        assert pupil.matching.from_0_to_1.grad.dtype == dtype
+        found.append(named["hidden"].item())
+    assert found[1] == pytest.approx(found[0], rel=0.02 if precision == "bf16-true" else 1e-5)
+    own = trainer(tmp_path, max_steps=1, precision=precision, limit_val_batches=0)
+    own.fit(student(tmp_path, net=narrow, losses=[], hidden_weight=1.0), datamodule=data(tmp_path))
+    assert own.global_step == 1
