@@ -1,4 +1,4 @@
-"""What a student learns from: its targets, and the distribution of a teacher over the same vocabulary."""
+"""What a student learns from: its targets, and a teacher's distribution, hidden states and attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from torch import Tensor
 
 from switchkit.metrics import cross_entropy
 
-__all__ = ["Distilled", "TopK", "distillation_loss", "divergence", "mean_over", "real", "top_k_divergence"]
+__all__ = [
+    "Distilled",
+    "TopK",
+    "distillation_loss",
+    "divergence",
+    "hidden_loss",
+    "mean_over",
+    "real",
+    "relation_loss",
+    "top_k_divergence",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,47 @@ def top_k_divergence(logits: Float[Tensor, "B S V"], teacher: TopK, temperature:
     return torch.where(kept.isneginf(), 0.0, kept.exp() * (kept.masked_fill(kept.isneginf(), 0) - ours)).sum(-1)
 
 
+def hidden_loss(
+    student: Float[Tensor, "B S D"], teacher: Float[Tensor, "B S E"], counted: Bool[Tensor, "B S"] | None
+) -> Float[Tensor, ""]:
+    """Mean squared error over the tokens that count (null: all) and the width.
+
+    Source: Jiao et al., arXiv 1909.10351 (TinyBERT), equation 8.
+    """
+    squares = (student.float() - teacher.float()).square().mean(-1)
+    return squares.mean() if counted is None else mean_over(squares, counted)
+
+
+def relation_loss(
+    student: Float[Tensor, "B S D"],
+    teacher: Float[Tensor, "B S E"],
+    heads: int,
+    valid: Bool[Tensor, "B S"] | None,
+    *,
+    causal: bool,
+    counted: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, ""]:
+    """``KL(teacher's relation || student's)``, mean over heads and tokens, where both models may have other heads.
+
+    The relation of a kind of vectors (queries, keys or values) is ``softmax(X X^T / sqrt(width))``: all heads side by
+    side are cut anew into `heads` of them. A token relates to what attention lets it see, `valid` ones alone; the mean
+    is over those that are `counted`, null: the valid ones.
+
+    Source: Wang et al., arXiv 2012.15828 (MiniLMv2), equations 1 to 4; of values alone: arXiv 2002.10957.
+    """
+    size = student.shape[1]
+    see = torch.ones(1, size, size, dtype=torch.bool, device=student.device)
+    see = see.tril() if causal else see
+    if valid is not None:
+        # Padding relates to itself, so that its row stays finite; it is not counted.
+        see = see & (valid.unsqueeze(1) | torch.eye(size, dtype=torch.bool, device=see.device))
+    see = see.unsqueeze(1)
+    ours, theirs = (_relation(x, heads, see) for x in (student, teacher))
+    each = (theirs.exp() * (theirs - ours)).masked_fill(~see, 0).sum(-1).mean(1)
+    counted = valid if counted is None else counted
+    return each.mean() if counted is None else mean_over(each, counted)
+
+
 def real(targets: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"] | None) -> Bool[Tensor, "B S"]:
     """Which targets count."""
     return targets != -100 if valid is None else valid & (targets != -100)
@@ -105,3 +156,10 @@ def real(targets: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"] | None) -> Bool
 def mean_over(values: Float[Tensor, "B S"], counted: Bool[Tensor, "B S"]) -> Float[Tensor, ""]:
     """The mean of the counted ones; 0 where there is none."""
     return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:
+    """Log-probabilities, in float32."""
+    x = x.float().view(*x.shape[:2], heads, -1).transpose(1, 2)
+    scores = x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5
+    return scores.masked_fill(~see, torch.finfo(scores.dtype).min).log_softmax(-1)

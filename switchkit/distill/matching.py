@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from switchkit.attention import Attention
 from switchkit.blocks import Block
-from switchkit.distill.loss import mean_over
+from switchkit.distill.loss import hidden_loss, real, relation_loss
 from switchkit.experts.base import init_linear
 from switchkit.parallel.place import part_like
 
-__all__ = ["Inside", "Matching", "even_map", "hidden_loss", "relation_loss", "watched"]
+__all__ = ["Inside", "Matching", "even_map", "watched"]
 
 
 @dataclass
@@ -61,44 +61,6 @@ def watched(net: nn.Module, hidden: Sequence[int] = (), projected: Sequence[int]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def hidden_loss(
-    student: Float[Tensor, "B S D"], teacher: Float[Tensor, "B S E"], valid: Bool[Tensor, "B S"] | None
-) -> Float[Tensor, ""]:
-    """Mean squared error over the real tokens and the width.
-
-    Source: Jiao et al., arXiv 1909.10351 (TinyBERT), equation 8.
-    """
-    squares = (student.float() - teacher.float()).square().mean(-1)
-    return squares.mean() if valid is None else mean_over(squares, valid)
-
-
-def relation_loss(
-    student: Float[Tensor, "B S D"],
-    teacher: Float[Tensor, "B S E"],
-    heads: int,
-    valid: Bool[Tensor, "B S"] | None,
-    *,
-    causal: bool,
-) -> Float[Tensor, ""]:
-    """``KL(teacher's relation || student's)``, mean over heads and real tokens, where both models may have other heads.
-
-    The relation of a kind of vectors (queries, keys or values) is ``softmax(X X^T / sqrt(width))``: all heads side by
-    side are cut anew into `heads` of them. A token relates to what attention lets it see.
-
-    Source: Wang et al., arXiv 2012.15828 (MiniLMv2), equations 1 to 4; of values alone: arXiv 2002.10957.
-    """
-    size = student.shape[1]
-    see = torch.ones(1, size, size, dtype=torch.bool, device=student.device)
-    see = see.tril() if causal else see
-    if valid is not None:
-        # Padding relates to itself, so that its row stays finite; it is not counted.
-        see = see & (valid.unsqueeze(1) | torch.eye(size, dtype=torch.bool, device=see.device))
-    see = see.unsqueeze(1)
-    ours, theirs = (_relation(x, heads, see) for x in (student, teacher))
-    each = (theirs.exp() * (theirs - ours)).masked_fill(~see, 0).sum(-1).mean(1)
-    return each.mean() if valid is None else mean_over(each, valid)
 
 
 def even_map(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
@@ -186,7 +148,8 @@ class Matching(nn.Module):
         )
 
     def forward(self, student: Inside, teacher: Inside, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
-        """The unweighted terms, by name."""
+        """The unweighted terms, by name: means over real targets, as the cross-entropy is; in the encoder, over the
+        source."""
         terms: dict[str, Tensor] = {}
         if self.pairs:
             each = []
@@ -194,11 +157,18 @@ class Matching(nn.Module):
                 x = student.hidden[own]
                 weight = getattr(self, f"from_{own}_to_{other}", None)
                 x = x if weight is None else x.float() @ weight.float().t()
-                each.append(hidden_loss(x, teacher.hidden[other], self._valid(own, batch)))
+                each.append(hidden_loss(x, teacher.hidden[other], self._counted(own, batch)))
             terms["hidden"] = torch.stack(each).mean()
         if self.last:
             each = [
-                relation_loss(x, y, self.heads, self._valid(own, batch), causal=own not in self.encoder)
+                relation_loss(
+                    x,
+                    y,
+                    self.heads,
+                    self._valid(own, batch),
+                    causal=own not in self.encoder,
+                    counted=self._counted(own, batch),
+                )
                 for own, other in self.last
                 for x, y in zip(student.projected[own], teacher.projected[other], strict=True)
             ]
@@ -239,17 +209,15 @@ class Matching(nn.Module):
     def _valid(self, block: int, batch: Mapping[str, Tensor]) -> Tensor | None:
         return batch.get("source_valid" if block in self.encoder else "valid")
 
+    def _counted(self, block: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What the loss of a step is weighted by, so that micro-batches and devices add up to the whole batch."""
+        valid = self._valid(block, batch)
+        return valid if block in self.encoder else real(batch["targets"], valid)
+
 
 def _whole(value: Tensor) -> Tensor:
     """Of a part that this process has."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _relation(x: Tensor, heads: int, see: Tensor) -> Float[Tensor, "B R S S"]:
-    """Log-probabilities, in float32."""
-    x = x.float().view(*x.shape[:2], heads, -1).transpose(1, 2)
-    scores = x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5
-    return scores.masked_fill(~see, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
 def _stacks(blocks: Sequence[Block]) -> list[list[int]]:

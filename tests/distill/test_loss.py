@@ -9,9 +9,9 @@ import torch
 
 from switchkit import distillation_loss
 from switchkit.distill import TopK
-from switchkit.distill.loss import divergence, top_k_divergence
+from switchkit.distill.loss import divergence, hidden_loss, relation_loss, top_k_divergence
 
-B, S, V = 2, 5, 7
+B, S, V, R = 2, 5, 7, 2
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -135,3 +135,43 @@ def test_top_k_has_finite_gradients_where_the_teacher_is_certain(given):
     top_k_divergence(student, certain).sum().backward()
     wanted = student.softmax(-1) - torch.nn.functional.one_hot(torch.zeros(B, S, dtype=torch.long), V)
     assert torch.allclose(student.grad, wanted, atol=1e-6)
+
+
+def test_hidden_states_against_a_loop():
+    ours, theirs = torch.randn(B, S, 3), torch.randn(B, S, 3)
+    valid = torch.arange(S) < torch.tensor([[2], [5]])
+    squares = [
+        sum((ours[b, s, d] - theirs[b, s, d]).item() ** 2 for d in range(3)) / 3
+        for b in range(B)
+        for s in range(S)
+        if valid[b, s]
+    ]
+    assert hidden_loss(ours, theirs, valid).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relations_against_a_loop(causal):
+    """Widths 6 and 4 cut into two heads each; padding neither looks nor is looked at, and others may not count."""
+    ours, theirs = torch.randn(B, S, 6), torch.randn(B, S, 4)
+    valid = torch.arange(S) < torch.tensor([[3], [5]])
+    counted = valid & (torch.arange(S) > 0)
+    total = count = 0.0
+    for b in range(B):
+        for i in range(S):
+            if not counted[b, i]:
+                continue
+            count += 1
+            for head in range(R):
+                logs = []
+                for x in (theirs, ours):
+                    w = x.shape[-1] // R
+                    rows = x[b, :, head * w : (head + 1) * w]
+                    seen = [j for j in range(S) if valid[b, j] and (j <= i or not causal)]
+                    scores = {j: (rows[i] @ rows[j]).item() / math.sqrt(w) for j in seen}
+                    norm = math.log(sum(math.exp(v) for v in scores.values()))
+                    logs.append({j: v - norm for j, v in scores.items()})
+                p, q = logs
+                total += sum(math.exp(p[j]) * (p[j] - q[j]) for j in p) / R
+    found = relation_loss(ours, theirs, R, valid, causal=causal, counted=counted)
+    assert found.item() == pytest.approx(total / count, rel=1e-4)
+    assert relation_loss(theirs, theirs, R, valid, causal=causal).item() == 0

@@ -1,8 +1,7 @@
-"""Terms on hidden states and on relations in attention, against loops."""
+"""Terms on hidden states and on relations in attention: which layers they match, and what they count."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import pytest
@@ -11,48 +10,7 @@ from pupils import MOE, batch, student, teacher
 from small import NET, data, trainer
 
 from switchkit import Decoder, LatentAttention
-from switchkit.distill.matching import Matching, even_map, hidden_loss, relation_loss, watched
-
-B, S, R = 2, 4, 2
-
-
-def test_hidden_states_against_a_loop():
-    ours, theirs = torch.randn(B, S, 3), torch.randn(B, S, 3)
-    valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
-    squares = [
-        sum((ours[b, s, d] - theirs[b, s, d]).item() ** 2 for d in range(3)) / 3
-        for b in range(B)
-        for s in range(S)
-        if valid[b, s]
-    ]
-    assert hidden_loss(ours, theirs, valid).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_relations_against_a_loop(causal):
-    """Widths 6 and 4 cut into two heads each; padding neither looks nor is looked at."""
-    ours, theirs = torch.randn(B, S, 6), torch.randn(B, S, 4)
-    valid = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    total = count = 0.0
-    for b in range(B):
-        for i in range(S):
-            if not valid[b, i]:
-                continue
-            count += 1
-            for head in range(R):
-                logs = []
-                for x in (theirs, ours):
-                    w = x.shape[-1] // R
-                    rows = x[b, :, head * w : (head + 1) * w]
-                    seen = [j for j in range(S) if valid[b, j] and (j <= i or not causal)]
-                    scores = {j: (rows[i] @ rows[j]).item() / math.sqrt(w) for j in seen}
-                    norm = math.log(sum(math.exp(v) for v in scores.values()))
-                    logs.append({j: v - norm for j, v in scores.items()})
-                p, q = logs
-                total += sum(math.exp(p[j]) * (p[j] - q[j]) for j in p) / R
-    found = relation_loss(ours, theirs, R, valid, causal=causal)
-    assert found.item() == pytest.approx(total / count, rel=1e-4)
-    assert relation_loss(theirs, theirs, R, valid, causal=causal).item() == 0
+from switchkit.distill.matching import Matching, even_map, watched
 
 
 def test_layers_are_paired_evenly():
@@ -153,3 +111,25 @@ def test_the_learned_matrix_has_the_precision_of_the_run(tmp_path, precision):
     own = trainer(tmp_path, max_steps=1, precision=precision, limit_val_batches=0)
     own.fit(student(tmp_path, net=narrow, losses=[], hidden_weight=1.0), datamodule=data(tmp_path))
     assert own.global_step == 1
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_halves_of_a_batch_with_ignored_targets_are_the_whole(tmp_path, padded):
+    """Each half weighs as much as it has real targets, as micro-batches and devices do."""
+    teacher(tmp_path)
+    pupil = student(tmp_path, init="fresh", hidden_weight=2.0, attention_weight=3.0).eval()
+    given = batch(tmp_path, rows=4, padded=padded)
+    given["targets"][:2, 1:] = -100
+    real = (given["targets"] != -100) & given.get("valid", torch.tensor(True))
+    found = {}
+    for name, rows in (("whole", slice(None)), ("first", slice(2)), ("second", slice(2, None))):
+        pupil.zero_grad()
+        _, loss, named = pupil._learn({key: value[rows] for key, value in given.items()})
+        loss.backward()
+        grads = {key: p.grad.clone() for key, p in pupil.named_parameters()}
+        found[name] = {"loss": loss.detach(), **named, **grads}
+    share = (real[:2].sum() / real.sum()).item()
+    assert 0.05 < share < 0.2
+    for key, value in found["whole"].items():
+        parts = share * found["first"][key] + (1 - share) * found["second"][key]
+        torch.testing.assert_close(parts, value, rtol=1e-4, atol=1e-6)
