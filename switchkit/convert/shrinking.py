@@ -34,7 +34,9 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "we
     """The model with `keep` experts of each sparse layer, in their old order; the others go with their router rows.
 
     What the router's probabilities gave to those that went is shared out by its softmax among those that stay. Where no
-    token was sent to what went, and the weights of a token sum to one, the model computes what it did.
+    token was sent to what went, and the weights of a token sum to one, the model computes what it did. Where a token
+    chooses groups of experts first, as many stay in each group; `sigmoid` judges a group by its two best, so there the
+    second of them has a say even if nothing is sent to it.
 
     Args:
         module: stays as it is.
@@ -49,7 +51,7 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "we
         raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
 
     def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        stays = torch.tensor(kept_experts(use, keep, by))
+        stays = torch.tensor(kept_experts(use, keep, by, groups=_groups(layer)[0]))
         stack = {name: tensor[stays.to(tensor.device)] for name, tensor in stack_of(layer.experts).items()}
         rows = {name: tensor[stays.to(tensor.device)] for name, tensor in _router_rows(layer).items()}
         return stack, rows
@@ -57,8 +59,8 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "we
     return _shrunk(module, keep, measured, chosen)
 
 
-def kept_experts(use: ExpertUse, keep: int, by: By = "weight") -> list[int]:
-    """The experts of a layer that stay, in their old order.
+def kept_experts(use: ExpertUse, keep: int, by: By = "weight", *, groups: int = 1) -> list[int]:
+    """The experts of a layer that stay, in their old order; as many of each of `groups` runs of neighbours.
 
     "weight": those whose outputs came back with the largest sum of weights; "usage": those with the most assignments
     (arXiv 2206.00277 drops by either). A weight says how much of an output comes from the expert, a count does not:
@@ -66,14 +68,17 @@ def kept_experts(use: ExpertUse, keep: int, by: By = "weight") -> list[int]:
     quarter, which is why it is the default (docs/upcycling.md). "similarity": of the two that are most alike the less
     used goes, again and again, which a router's rows can tell without data (`switchkit.convert.measuring.assumed`).
     """
+    runs = torch.arange(len(use.load)).view(groups, -1)
     if by != "similarity":
         score = use.load if by == "usage" else use.weight
-        return sorted(score.argsort(descending=True, stable=True)[:keep].tolist())
-    left = list(range(len(use.load)))
-    while len(left) > keep:
-        _, a, b = max((float(use.alike[a, b]), a, b) for i, a in enumerate(left) for b in left[i + 1 :])
-        left.remove(a if use.load[a] < use.load[b] else b)
-    return left
+        best = score.cpu()[runs].argsort(descending=True, stable=True)[:, : keep // groups]
+        return sorted(runs.gather(1, best).flatten().tolist())
+    stay: list[list[int]] = runs.tolist()
+    for left in stay:
+        while len(left) > keep // groups:
+            _, a, b = max((float(use.alike[a, b]), a, b) for i, a in enumerate(left) for b in left[i + 1 :])
+            left.remove(a if use.load[a] < use.load[b] else b)
+    return [expert for left in stay for expert in left]
 
 
 def merge(module: LanguageModule, num_experts: int, measured: Measured, *, how: How = "aligned") -> LanguageModule:
@@ -101,7 +106,7 @@ def merge(module: LanguageModule, num_experts: int, measured: Measured, *, how: 
     check_how(how)
 
     def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        group = groups_of(use.alike, use.load, num_experts)
+        group = groups_of(use.alike, use.load, num_experts, _groups(layer)[0])
         stack, rows = stack_of(layer.experts), _router_rows(layer)
         made: list[dict[str, Tensor]] = []
         turned: dict[str, list[Tensor]] = {name: [] for name in rows}
@@ -121,11 +126,14 @@ def merge(module: LanguageModule, num_experts: int, measured: Measured, *, how: 
     return _shrunk(module, num_experts, measured, chosen)
 
 
-def groups_of(alike: Float[Tensor, "E E"], usage: Float[Tensor, "E"], count: int) -> Int[Tensor, "E"]:
+def groups_of(alike: Float[Tensor, "E E"], usage: Float[Tensor, "E"], count: int, groups: int = 1) -> Int[Tensor, "E"]:
     """The group of each expert: the `count` most used lead, in the order of their numbers, and others join the most
-    alike of them."""
-    leaders = usage.argsort(descending=True, stable=True)[:count].sort().values
-    group = alike[:, leaders].argmax(-1)
+    alike of them. As many lead in each of the router's own `groups`, runs of neighbours, which nobody leaves."""
+    runs = torch.arange(len(usage)).view(groups, -1)
+    best = usage[runs].argsort(descending=True, stable=True)[:, : count // groups]
+    leaders = runs.gather(1, best).flatten().sort().values
+    home = torch.arange(len(usage)) // runs.shape[1]
+    group = alike[:, leaders].masked_fill(home.unsqueeze(1) != home[leaders], -torch.inf).argmax(-1)
     group[leaders] = torch.arange(count)
     return group
 
@@ -220,10 +228,13 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
     if count is None:
         return layers
     for name, layer in layers.items():
-        if not layer.router.k <= count < layer.num_experts:
+        groups, top_groups = _groups(layer)
+        least = -(-layer.router.k // top_groups) * groups
+        if not least <= count < layer.num_experts or count % groups:
+            even = f", and as many in each of the router's {groups} groups" if groups > 1 else ""
             raise ValueError(
-                f"{count} experts cannot be left of the {layer.num_experts} of {name}: at least {layer.router.k}, "
-                f"which a token is sent to, and at most {layer.num_experts - 1}"
+                f"{count} experts cannot be left of the {layer.num_experts} of {name}: at least {least}, for a token "
+                f"is sent to {layer.router.k}, at most {layer.num_experts - groups}{even}"
             )
     if len({layer.d_ff for layer in layers.values()}) > 1:
         raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
@@ -242,6 +253,11 @@ def _widths(module: LanguageModule, new: Mapping[str, int]) -> dict[str, Any]:
         name: [new.get(f"{where}blocks.{index}.mlp", wide) for index, wide in enumerate(widths)]
         for where, name, widths in stacks
     }
+
+
+def _groups(layer: MoELayer) -> tuple[int, int]:
+    """Groups of neighbours that a token chooses experts from, and how many of them it chooses; 1, 1: no groups."""
+    return getattr(layer.router, "groups", 1), getattr(layer.router, "top_groups", 1)
 
 
 def _router_rows(layer: MoELayer) -> dict[str, Tensor]:

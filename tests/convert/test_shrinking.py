@@ -77,6 +77,43 @@ def test_pruning_what_no_token_is_sent_to_changes_nothing(net: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["usage", "weight"])
+def test_as_many_stay_in_each_group_of_the_router(by: str) -> None:
+    """Of four, one of the first group and two of the second are out of reach: one of each goes, and nothing changes."""
+    net = partial(NETS["decoder"], num_experts=8)
+    router = partial(Sigmoid, k=2, groups=2, top_groups=1)
+    module = LanguageModule(net, moe=partial(MoELayer, router=router), vocab_size=V)
+    (layer,) = layers(module)
+    nn.init.normal_(layer.router.weight)
+    layer.router.bias[[3, 4, 5]] = -10
+    found = measured(module)
+    assert (found.layers[0].load > 0).tolist() == [True] * 3 + [False] * 3 + [True] * 2
+    made = prune(module, 6, found, by=by)
+    assert torch.equal(layers(made)[0].router.weight, layer.router.weight[[0, 1, 2, 4, 6, 7]])
+    assert loss(made) == pytest.approx(found.loss, abs=1e-6)
+
+
+def test_groups_judged_by_their_best_expert_stay_the_same() -> None:
+    """Twelve experts in four groups, of which the few tokens need two in each at most."""
+    net = partial(NETS["decoder"], num_experts=12)
+    router = partial(TopK, k=2, groups=4, top_groups=2)
+    seen = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        module = LanguageModule(net, moe=partial(MoELayer, router=router), vocab_size=V)
+        nn.init.normal_(layers(module)[0].router.weight)
+        tokens = torch.randint(V, (1, 4))
+        found = measure(module, [{"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}])
+        used = (found.layers[0].load > 0).view(4, 3).sum(-1)
+        if used.max() > 2:
+            continue
+        seen += 1
+        made = prune(module, 8, found)
+        before, after = (one.eval()(tokens[:, :-1]) for one in (module, made))
+        assert torch.allclose(before, after, atol=1e-6)
+    assert seen > 10
+
+
+@pytest.mark.parametrize("by", ["usage", "weight"])
 def test_the_best_stay_in_their_order(by: str) -> None:
     module = module_of()
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -162,6 +199,26 @@ def test_groups_join_the_most_alike_leader() -> None:
     for a, b, value in ((0, 1, 0.2), (0, 4, 0.9), (2, 1, 0.5), (2, 4, 0.1), (3, 1, 0.0), (3, 4, -0.5), (1, 4, 0.99)):
         alike[a, b] = alike[b, a] = value
     assert groups_of(alike, torch.tensor([1.0, 9.0, 0.0, 2.0, 5.0]), 2).tolist() == [1, 0, 0, 0, 1]
+
+
+def test_groups_stay_within_those_of_the_router() -> None:
+    """The two most used are of one group of the router; the other has a leader too, and all of it join that one."""
+    alike = torch.full((4, 4), 0.1)
+    alike[0, 2] = alike[2, 0] = alike[1, 3] = alike[3, 1] = 0.9
+    usage = torch.tensor([5.0, 6.0, 1.0, 0.0])
+    assert groups_of(alike, usage, 2).tolist() == [0, 1, 0, 1]
+    assert groups_of(alike, usage, 2, groups=2).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("count", "told"), [(6, "as many in each of the router's 4 groups"), (4, "at least 8")])
+def test_numbers_that_no_groups_fit_are_refused(count: int, told: str) -> None:
+    router = partial(TopK, k=3, groups=4, top_groups=2)
+    module = LanguageModule(
+        partial(NETS["decoder"], num_experts=16), moe=partial(MoELayer, router=router), vocab_size=V
+    )
+    for shrink in (prune, merge):
+        with pytest.raises(ValueError, match=told):
+            shrink(module, count, assumed(module))
 
 
 def test_a_merged_row_of_the_router_is_the_mean_by_usage() -> None:
