@@ -11,14 +11,7 @@ from torch import Tensor
 
 from switchkit.data.base import ResumableData
 from switchkit.data.tokenizers import Tokenizer
-from switchkit.distill.agreement import (
-    FAMILIES,
-    check_stored,
-    check_vocabulary,
-    family,
-    short_path,
-    twin_of,
-)
+from switchkit.distill.agreement import FAMILIES, check_stored, check_vocabulary, family, short_path, twin_of
 from switchkit.distill.evaluation import evaluate
 from switchkit.distill.loss import Distilled, TopK, distillation_loss
 from switchkit.distill.matching import Matching
@@ -116,7 +109,7 @@ class DistillModule(LanguageModule):
             asked = StoredTeacher(teacher)
             check_stored(asked, temperature, init, hidden_weight or attention_weight)
         else:
-            asked = open_teacher(teacher, teacher_precision)
+            asked = open_teacher(teacher, teacher_precision, cast=False)
         before = build(asked.spec).keywords
         given = tokenizer() if callable(tokenizer) else tokenizer
         check_vocabulary(given, asked)
@@ -152,7 +145,9 @@ class DistillModule(LanguageModule):
         # In a tuple, where no hook of torch or Lightning finds it.
         self._asked = (asked,)
         self.inherited = inherit(self.net, asked.outside()) if init != "fresh" else Inherited()
-        self._begun = init in ("fresh", "non_expert")
+        self._begun = False
+        if init in ("fresh", "non_expert"):
+            self._begin()
         own_options = {"alpha": alpha, "temperature": temperature, "init": init, "init_batches": init_batches}
         self.resume_spec = {
             "class_path": full_path(type(self)),
@@ -201,12 +196,18 @@ class DistillModule(LanguageModule):
         """
         assert isinstance(self.teacher, Teacher)
         self.inherited = inherit_experts(self.net, self.teacher.module, self.init, batches, self.inherited)
-        self._begun = True
+        self._begin()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._begun = True
+        self._begin()
         return found
+
+    def _begin(self) -> None:
+        """The student has its weights, so the teacher's are no longer needed as the file has them."""
+        self._begun = True
+        if isinstance(self.teacher, Teacher):
+            self.teacher.cast()
 
     # -- training ------------------------------------------------------------------------------------------------
 

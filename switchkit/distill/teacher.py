@@ -30,10 +30,17 @@ class Teacher:
     Args:
         module: holds the model; it is taken as it is, see `frozen`.
         about: what a checkpoint of the student keeps of it: ``{"path", "step", "sha256"}``.
+        precision: what `cast` makes of the weights; null: nothing.
     """
 
-    def __init__(self, module: LanguageModule, about: Mapping[str, Any]) -> None:
-        self.module, self.about = module, about
+    def __init__(self, module: LanguageModule, about: Mapping[str, Any], precision: Precision | None = None) -> None:
+        self.module, self.about, self.precision = module, about, precision
+
+    def cast(self) -> Teacher:
+        """Keep the weights, and compute, in `precision` from now on; itself."""
+        if self.precision is not None:
+            self.module.to(torch.bfloat16)
+        return self
 
     @property
     def net(self) -> nn.Module:
@@ -76,7 +83,9 @@ class Teacher:
             self.module.to(device)
 
 
-def open_teacher(given: str | Path | LanguageModule, precision: Precision | None = None) -> Teacher:
+def open_teacher(
+    given: str | Path | LanguageModule, precision: Precision | None = None, *, cast: bool = True
+) -> Teacher:
     """The teacher of a checkpoint, or a copy of a module's model, which itself stays as it is.
 
     torch's random state stays as it was, so that a student begins as it would without a teacher.
@@ -84,35 +93,37 @@ def open_teacher(given: str | Path | LanguageModule, precision: Precision | None
     Args:
         given: a checkpoint's path, or a module.
         precision: "bf16" keeps the weights, and computes, in bfloat16; null: as they are.
+        cast: False: not before `Teacher.cast` is called, so that a student can begin with the weights as they are.
 
     Raises:
         ValueError: see `checkpoints.read`; a module that is no LanguageModule.
     """
+    if precision not in (None, "bf16"):
+        raise ValueError(f"teacher_precision must be null or 'bf16'; got {precision!r}")
     if isinstance(given, LanguageModule):
         about = {"path": None, "step": 0, "sha256": fingerprint(given)}
         # All but the Trainer that it may still know.
-        return Teacher(frozen(copy.deepcopy(given, {id(given._trainer): None}), precision), about)
-    if not isinstance(given, (str, Path)):
+        module = copy.deepcopy(given, {id(given._trainer): None})
+    elif isinstance(given, (str, Path)):
+        with torch.random.fork_rng(devices=[]):
+            module = LanguageModule.load_from_checkpoint(given)
+        step = int(checkpoints.read_settings(given)["step"])
+        about = {"path": str(Path(given).expanduser().absolute()), "step": step, "sha256": fingerprint(module)}
+    else:
         raise ValueError(f"teacher must be the path of a checkpoint or a LanguageModule; got a {type(given).__name__}")
-    with torch.random.fork_rng(devices=[]):
-        module = LanguageModule.load_from_checkpoint(given)
-    step = int(checkpoints.read_settings(given)["step"])
-    about = {"path": str(Path(given).expanduser().absolute()), "step": step, "sha256": fingerprint(module)}
-    return Teacher(frozen(module, precision), about)
+    made = Teacher(frozen(module), about, precision)
+    return made.cast() if cast else made
 
 
-def frozen(module: LanguageModule, precision: Precision | None = None) -> LanguageModule:
+def frozen(module: LanguageModule) -> LanguageModule:
     """`module` itself, made a teacher: evaluation mode, no gradients, no capacity.
 
     Routers that choose by capacity (expert_choice, soft) go on doing so.
     """
-    if precision not in (None, "bf16"):
-        raise ValueError(f"teacher_precision must be null or 'bf16'; got {precision!r}")
     for layer in module.modules():
         if isinstance(layer, MoELayer):
             layer.capacity = Dropless()
-    module.eval().requires_grad_(False)
-    return module if precision is None else module.to(torch.bfloat16)
+    return module.eval().requires_grad_(False)
 
 
 def fingerprint(module: nn.Module) -> str:

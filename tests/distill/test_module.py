@@ -322,6 +322,19 @@ def test_a_checkpoint_is_the_student_s_alone(taught, tmp_path):
     assert list(read.generate(torch.tensor([1, 2]), 3))
 
 
+@pytest.mark.parametrize("init", ["non_expert", "mean", "usage"])
+def test_a_student_begins_alike_whatever_its_teacher_is_kept_in(taught, tmp_path, init):
+    """With the weights of the file, and not with them rounded."""
+    pupils = [student(tmp_path, init=init, teacher_precision=precision) for precision in (None, "bf16")]
+    for pupil in pupils:
+        if init != "non_expert":
+            pupil.initialize([batch(tmp_path)])
+    exact, kept = (pupil.net.state_dict() for pupil in pupils)
+    assert all(torch.equal(kept[name], value) for name, value in exact.items())
+    assert torch.equal(kept["embed.weight"], taught.net.embed.weight)
+    assert {p.dtype for p in pupils[1].teacher.net.parameters()} == {torch.bfloat16}
+
+
 def test_resuming_with_another_teacher_is_refused(taught, tmp_path):
     with pytest.raises(KeyError, match="killed"):
         fit(tmp_path, KillAt(8))
