@@ -8,6 +8,7 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+import switchkit.strategies  # noqa: F401  (names `expert_parallel` to Lightning, as the commands do)
 from switchkit.cli.errors import UserError
 from switchkit.cli.normalise import Source, edit, merge
 from switchkit.cli.settings import merge_all
