@@ -322,3 +322,12 @@ def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bo
         check_inputs(own, type("Text", (), {"have_sources": False, "context": 5})())
     # A subclass may make other batches.
     check_inputs(own, type("Mine", (type("Text", (), {"have_sources": True}),), {"context": 5})())
+
+
+@pytest.mark.parametrize("net", [Decoder, partial(EncoderDecoder, encoder_layers=2)])
+def test_dense_layers_have_the_dropout_that_they_are_given(net):
+    """Nothing given: that of the model, which T5 has on hidden activations and a decoder has not."""
+    sizes = {"d_model": 8, "num_heads": 2, "d_ff": 16, "sparse": [], "dropout": 0.25}
+    for given, wanted in (({}, 0.0 if net is Decoder else 0.25), ({"dropout": 0.5}, 0.5)):
+        made = net(11, feed_forward=partial(FeedForward, **given), **sizes)
+        assert {part.dropout for part in made.modules() if isinstance(part, FeedForward)} == {wanted}

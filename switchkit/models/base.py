@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchkit.blocks import Past
-from switchkit.layers import MoEFactory, MoELayer
+from switchkit.layers import FeedForwardFactory, MoEFactory, MoELayer
 from switchkit.records import Routing
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Output",
     "check_cache",
     "check_sizes",
+    "dense_layer",
     "every",
     "last",
     "layer_widths",
@@ -122,6 +124,12 @@ def check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def dense_layer(build: FeedForwardFactory, d_model: int, d_ff: int, dropout: float) -> nn.Module:
+    """A dense layer with the model's dropout, unless `build` was given one."""
+    given = build.keywords if isinstance(build, partial) else {}
+    return build(d_model=d_model, d_ff=d_ff, dropout=given.get("dropout", dropout))
 
 
 def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff") -> tuple[int, ...]:

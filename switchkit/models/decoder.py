@@ -19,6 +19,7 @@ from switchkit.models.base import (
     Output,
     check_cache,
     check_sizes,
+    dense_layer,
     layer_widths,
     leak,
     sparse_layers,
@@ -49,7 +50,8 @@ class Decoder(nn.Module):
         sparse_attention: which blocks have sparse layers in place of their query, key and value matrices, said as
             `sparse` is; null: none.
         positions: "rotary" (turned queries and keys) or "learned" (an embedding per position).
-        dropout: on embeddings, attention and the outputs of sublayers; expert dropout is the experts' own option.
+        dropout: on embeddings, attention and the outputs of sublayers; on hidden activations only what is given with
+            `feed_forward` in code. Expert dropout is the experts' own option.
         norm: "layer" (without bias) or "rms".
         norm_eps: added to the variance; null: 1e-5 for "layer", 1e-6 for "rms".
         tied: the output layer shares the weights of the embedding.
@@ -116,7 +118,7 @@ class Decoder(nn.Module):
             mlp = (
                 (moe or MoELayer)(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff or wide)
                 if index in self.sparse
-                else self.dense(d_model=d_model, d_ff=wide, dropout=0.0)
+                else dense_layer(self.dense, d_model, wide, 0.0)
             )
             if index in self.sparse_attention:
                 build_sparse: Callable[..., nn.Module] = partial(build, projection=project)

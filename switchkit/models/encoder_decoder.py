@@ -15,6 +15,7 @@ from switchkit.models.base import (
     Output,
     check_cache,
     check_sizes,
+    dense_layer,
     layer_widths,
     leak,
     sparse_layers,
@@ -62,7 +63,7 @@ class Stack(nn.Module):
             mlp = (
                 moe(d_model=d_model, num_experts=num_experts, d_ff=expert_d_ff or wide)
                 if index in sparse
-                else feed_forward(d_model=d_model, d_ff=wide, dropout=dropout)
+                else dense_layer(feed_forward, d_model, wide, dropout)
             )
             block = Block(attention, mlp, d_model, cross=cross, dropout=dropout, norm="rms", norm_eps=norm_eps)
             self.blocks.append(block)
@@ -112,8 +113,8 @@ class EncoderDecoder(nn.Module):
         expert_d_ff: hidden width of one expert; null: d_ff of its block.
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
         decoder_sparse: the same for the decoder; null: as the encoder.
-        dropout: T5's one rate: on embeddings, attention, hidden activations of dense layers, outputs of sublayers and
-            of the stacks. Expert dropout is the experts' own option.
+        dropout: T5's one rate: on embeddings, attention, hidden activations of dense layers (unless `feed_forward` is
+            given its own in code), outputs of sublayers and of the stacks. Expert dropout is the experts' own option.
         norm_eps: of the RMS norms.
         tied: the output layer shares the weights of the embedding.
         scale_output: multiply what goes into the output layer by ``d_model ** -0.5``; null: where it is tied (T5).
