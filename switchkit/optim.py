@@ -12,7 +12,7 @@ from torch import nn
 
 from switchkit.routing.base import Router
 
-__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "last_step", "learning_rate"]
+__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "last_step", "learning_rate", "why_whole"]
 
 
 class OptimizerFactory(Protocol):
@@ -42,6 +42,16 @@ def check_optimizer(factory: OptimizerFactory) -> None:
         value = getattr(made, "defaults", {}).get(option)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"optimizer {type(made).__name__}: {option} must be a finite number; got {value}")
+
+
+def why_whole(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer cannot step on parameters of which each device has a part; None: it can, as far as is known."""
+    if not isinstance(optimizer, torch.optim.Adafactor):
+        return None
+    return (
+        "Adafactor of torch cannot step on parameters of which each device has a part, as it takes means over whole "
+        "rows and columns: take another optimizer, such as AdamW, or strategy ddp"
+    )
 
 
 def last_step(trainer: L.Trainer) -> float:

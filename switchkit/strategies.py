@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from switchkit import checkpoints
+from switchkit.optim import why_whole
 from switchkit.parallel.failure import watch
 from switchkit.parallel.mesh import Layout, Meshes, layout
 from switchkit.parallel.norm import clip_norm
@@ -64,7 +65,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     Raises:
         ValueError: a size below 1, no positive timeout; at the start, sizes that do not divide the devices or the
-            experts (names those that do), experts without stacked weights.
+            experts (names those that do), experts without stacked weights, torch's Adafactor, which needs whole
+            parameters.
 
     Source: the meshes of torchtitan; fully_shard (arXiv 2304.11277); expert parallelism of arXiv 2006.16668.
     """
@@ -154,6 +156,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             # Made from parameters that are where they stay, and so is their state.
             self.setup_optimizers(trainer)
+            for why in filter(None, map(why_whole, self.optimizers)):
+                raise ValueError(why)
         self.setup_precision_plugin()
         # torch's own clipping refuses gradients of several meshes.
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from switchkit.parallel.mesh import Layout
 from switchkit.plan.activations import activations, rows_of
 from switchkit.plan.estimate import Arrangement, Estimate, Step, memory, reason
 from switchkit.plan.hardware import Gpu, Precision
-from switchkit.plan.optimizer import state_bytes
+from switchkit.plan.optimizer import needs_whole, state_bytes
 from switchkit.plan.traffic import Collective, Exchange, ddp_collectives, fsdp_collectives, seconds
 from switchkit.plan.units import Shape, Unit, units
 
@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Refused:
-    """Sizes that the strategy does not take."""
+    """Sizes that the strategy does not take, or the strategy, where it does not take the optimizer."""
 
     what: str
     why: str
@@ -97,7 +97,11 @@ def plan(
     counter = _Counter(model, optimizer, work, gpu, gpus, headroom)
     world = nodes * gpus
     found, refused = [], []
+    if (why := needs_whole(optimizer)) is not None:
+        refused.append(Refused("expert_parallel", why))
     for arrangements in _arrangements(world, any(isinstance(part, MoELayer) for part in model.modules())):
+        if why is not None and arrangements[0].strategy == "expert_parallel":
+            continue
         try:
             made = [counter.units(arrangements[0])]
         except ValueError as error:

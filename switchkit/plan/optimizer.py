@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchkit.optim import OptimizerFactory
+from switchkit.optim import OptimizerFactory, why_whole
 from switchkit.plan.units import Shape
 
-__all__ = ["state_bytes"]
+__all__ = ["needs_whole", "state_bytes"]
 
 
 def state_bytes(optimizer: OptimizerFactory, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
@@ -24,6 +24,14 @@ def state_bytes(optimizer: OptimizerFactory, shapes: Sequence[Shape], dtype: tor
     """
     known = {shape: _state(optimizer, shape, dtype) for shape in set(shapes)}
     return sum(known[shape] for shape in shapes)
+
+
+def needs_whole(optimizer: OptimizerFactory) -> str | None:
+    """Why an optimizer does not go with `ExpertParallelStrategy`; None: it does."""
+    try:
+        return why_whole(optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]))
+    except (RuntimeError, TypeError, ValueError):
+        return None  # which `state_bytes` tells better
 
 
 def _state(optimizer: OptimizerFactory, shape: Shape, dtype: torch.dtype) -> int:

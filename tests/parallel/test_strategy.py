@@ -17,6 +17,7 @@ from equal import MOE, Case, Loader, alone, as_rank, whole, worst
 from lightning.pytorch.strategies import StrategyRegistry
 
 import switchkit.parallel
+import switchkit.strategies
 from switchkit import Balance, Dropless, ExpertChoice, Factor, MoELayer, TopK
 from switchkit.parallel import ExpertParallelStrategy
 from switchkit.sharding import warn_of_batches
@@ -166,6 +167,19 @@ def test_experts_that_do_not_divide_end_every_rank_with_the_reason() -> None:
     case = replace(case, net=partial(case.net, num_experts=7))
     with pytest.raises(RankError, match="the 7 experts of net.blocks.0.mlp cannot be shared out .* use 1 or 7"):
         run(2, as_rank, case, TWO)
+
+
+def test_an_optimizer_of_whole_parameters_ends_every_rank_with_the_reason() -> None:
+    """Should torch learn it, the second half fails, and the refusal can go."""
+    with pytest.raises(RankError, match="Adafactor of torch cannot step on parameters of which each device has a part"):
+        run(2, as_rank, Case(optimizer=torch.optim.Adafactor), TWO)
+    with pytest.raises(RankError, match="in-place operations that require placement changes"):
+        run(2, unchecked, Case(optimizer=torch.optim.Adafactor))
+
+
+def unchecked(rank: int, world: int, case: Case) -> None:
+    switchkit.strategies.why_whole = lambda optimizer: None
+    as_rank(rank, world, case, TWO)
 
 
 @pytest.mark.parametrize(

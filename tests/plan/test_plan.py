@@ -153,6 +153,14 @@ def test_experts_that_are_not_stacked_are_refused_where_they_are_shared_out():
     assert len(found.refused) == 3
 
 
+def test_an_optimizer_of_whole_parameters_leaves_ddp_alone():
+    found = plan(model(), torch.optim.Adafactor, WORK, GPUS["h100"], nodes=2, gpus=4)
+    assert [str(one.arrangement) for one in (*found.fits, *found.rest)] == ["ddp"]
+    (refused,) = found.refused
+    assert refused.what == "expert_parallel"
+    assert "Adafactor of torch cannot step on parameters of which each device has a part" in refused.why
+
+
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
