@@ -92,8 +92,8 @@ class Matching(nn.Module):
         relation_heads: heads of the relations; null: as many as the student's attention has.
 
     Raises:
-        ValueError: a weight that is negative, blocks that do not exist, attention whose projections are no plain
-            matrix, heads that do not divide a width.
+        ValueError: a weight that is negative, blocks that do not exist or read other tokens, attention whose
+            projections are no plain matrix, heads that do not divide a width.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Matching(nn.Module):
         ours, theirs = blocks_of(student), blocks_of(teacher)
         stacks = list(zip(_stacks(ours), _stacks(theirs), strict=True))
         even = [pair for own, other in stacks for pair in even_map(own, other)]
-        self.pairs = even if hidden_layers is None else _checked(hidden_layers, len(ours), len(theirs))
+        self.pairs = even if hidden_layers is None else _checked(hidden_layers, ours, theirs)
         self.pairs = self.pairs if hidden_weight else []
         self.last = [(own[-1], other[-1]) for own, other in stacks] if attention_weight else []
         self.encoder = {number for number, block in enumerate(ours) if not _causal(block)}
@@ -248,13 +248,18 @@ def _widths(attention: Attention) -> tuple[int, int]:
     return attention.num_heads * attention.head_width, attention.num_kv_heads * attention.head_width
 
 
-def _checked(pairs: Sequence[Sequence[int]], ours: int, theirs: int) -> list[tuple[int, int]]:
+def _checked(pairs: Sequence[Sequence[int]], ours: Sequence[Block], theirs: Sequence[Block]) -> list[tuple[int, int]]:
     found = []
     for pair in pairs:
-        if len(pair) != 2 or not (0 <= pair[0] < ours and 0 <= pair[1] < theirs):
+        if len(pair) != 2 or not (0 <= pair[0] < len(ours) and 0 <= pair[1] < len(theirs)):
             raise ValueError(
-                f"hidden_layers pairs a block of the student, 0 to {ours - 1}, with one of the teacher, 0 to "
-                f"{theirs - 1}, such as [[0, 1], [1, 3]]; got {list(pair)}"
+                f"hidden_layers pairs a block of the student, 0 to {len(ours) - 1}, with one of the teacher, 0 to "
+                f"{len(theirs) - 1}, such as [[0, 1], [1, 3]]; got {list(pair)}"
+            )
+        if _causal(ours[pair[0]]) != _causal(theirs[pair[1]]):
+            raise ValueError(
+                f"hidden_layers pairs {list(pair)}, a block of an encoder and one of a decoder, which read other "
+                "tokens: pair the encoder's with the encoder's, which are counted first, and the decoder's with the decoder's"
             )
         found.append((pair[0], pair[1]))
     if not found:

@@ -78,6 +78,19 @@ def test_the_sides_of_an_encoder_decoder_are_matched_by_themselves(tmp_path):
     assert torch.equal(first, pupil._learn(padded)[1])
 
 
+def test_a_block_of_the_encoder_goes_with_none_of_the_decoder(tmp_path):
+    from pupils import t5_teacher
+
+    from switchkit import DistillModule
+
+    t5_teacher(tmp_path)
+    taught = partial(DistillModule, teacher=tmp_path / "t5.ckpt", hidden_weight=1.0)
+    assert taught(hidden_layers=[[0, 1], [2, 3]]).matching.pairs == [(0, 1), (2, 3)]
+    for pair in ([1, 2], [3, 0]):
+        with pytest.raises(ValueError, match="a block of an encoder and one of a decoder, which read other tokens"):
+            taught(hidden_layers=[[0, 1], pair])
+
+
 def test_attention_without_plain_projections_is_refused(tmp_path):
     latent = partial(LatentAttention, kv_rank=8, nope_width=4, rope_width=4, v_width=8)
     teacher(tmp_path, net=partial(NET, attention=latent), moe=MOE)
