@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchkit.convert.measuring import measure
 from switchkit.convert.merging import How, feed_forwards_of
+from switchkit.experts.shared import Shared
 from switchkit.layers import MoELayer
 from switchkit.module import LanguageModule
 
@@ -81,7 +82,8 @@ def inherit_experts(
         so_far: what `inherit` did.
 
     Raises:
-        ValueError: another word for `how`, no batch, experts that cannot be merged, layers of another width.
+        ValueError: another word for `how`, no batch, experts that cannot be merged, layers of another width or
+            activation.
     """
     if how not in get_args(How):
         raise ValueError(f"init {how!r} makes nothing of experts; those that do are {', '.join(get_args(How))}")
@@ -98,11 +100,23 @@ def inherit_experts(
                 f"{ {key: list(value.shape) for key, value in own.items()} }: take init non_expert, or a student with "
                 "layers of the experts' width"
             )
+        ours, wanted = getattr(place, "activation", None), _activation(teacher.net.get_submodule(name))
+        if ours != wanted:
+            raise ValueError(
+                f"init {how!r}: the experts of {name} have the activation {wanted}, and the student's layer there "
+                f"{ours}: take init non_expert, or a student with feed_forward of activation {wanted}"
+            )
         for key, value in weights.items():
             own[key].copy_(value)
             done.append(f"{name}.{key}")
     fresh = tuple(name for name in so_far.fresh if name not in done)
     return replace(so_far, merged=tuple(done), fresh=fresh)
+
+
+def _activation(layer: nn.Module) -> str:
+    """Of the experts of a sparse layer."""
+    experts = cast(MoELayer, layer).experts
+    return str((experts.routed if isinstance(experts, Shared) else experts).activation)
 
 
 def _module(net: nn.Module, name: str) -> nn.Module | None:

@@ -22,6 +22,7 @@ from switchkit import (
     Dropless,
     GatedMlp,
     LanguageModule,
+    Mlp,
     MoELayer,
     checkpoints,
     distillation_loss,
@@ -30,6 +31,7 @@ from switchkit.convert.measuring import measure
 from switchkit.convert.merging import feed_forward_of
 from switchkit.data.loader import InOrder
 from switchkit.distill.teacher import Teacher, fingerprint, open_teacher
+from switchkit.layers import FeedForward
 
 TWIN = partial(Decoder, d_model=16, num_layers=2, num_heads=2, d_ff=24, context=8, sparse=[], dropout=0.1)
 
@@ -320,6 +322,21 @@ def test_a_checkpoint_is_the_student_s_alone(taught, tmp_path):
     assert torch.equal(weights(read), weights(pupil.net))
     assert checkpoints.read(path)["switchkit"]["projections"].keys() == dict(pupil.matching.named_parameters()).keys()
     assert list(read.generate(torch.tensor([1, 2]), 3))
+
+
+def test_experts_of_another_activation_are_not_merged_into_a_layer(tmp_path):
+    """It would compute something else with their weights; one of theirs computes what an expert does."""
+    silu = partial(MOE, experts=partial(Mlp, activation="silu"))
+    taught = teacher(tmp_path, moe=silu)
+    with pytest.raises(ValueError, match="have the activation silu, and the student's layer there relu"):
+        student(tmp_path, init="mean").initialize([batch(tmp_path)])
+    pupil = student(tmp_path, init="mean", net=partial(TWIN, feed_forward=partial(FeedForward, activation="silu")))
+    pupil.initialize([batch(tmp_path)])
+    use = measure(pupil.teacher.module, [batch(tmp_path)]).layers[0]
+    own, layer = (net.get_submodule(use.layer) for net in (pupil.net, taught.net))
+    x = torch.randn(3, 16)
+    w1, w2 = layer.experts.w1.mean(0), layer.experts.w2.mean(0)
+    assert torch.allclose(own.eval()(x), use.gate * torch.nn.functional.silu(x @ w1) @ w2, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["non_expert", "mean", "usage"])
