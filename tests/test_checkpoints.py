@@ -48,7 +48,7 @@ def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
         "import sys, torch; from switchkit.checkpoints import AtomicCheckpointIO\n"
         "w = torch.ones(400_000)\n"
         "ours = {'format_version': 1, 'version': '0', 'model': {}}\n"
-        "files = AtomicCheckpointIO(); files._later = True\n"
+        "files = AtomicCheckpointIO(); files.settles_later = True\n"
         "print('ready', flush=True)\n"
         "while True: files.save_checkpoint({'state_dict': {'w': w}, 'switchkit': ours}, sys.argv[1])"
     )

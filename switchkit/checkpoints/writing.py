@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._later = False
+        self.settles_later = False
         self._settling: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        if not self._later:
+        if not self.settles_later:
             _settle(temporary, target)
             return
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
@@ -79,11 +79,11 @@ def settling_later(trainer: L.Trainer) -> Iterator[None]:
     if not isinstance(io, AtomicCheckpointIO):
         yield
         return
-    io._later = True
+    io.settles_later = True
     try:
         yield
     finally:
-        io._later = False
+        io.settles_later = False
 
 
 def _settle(temporary: Path, target: Path) -> None:
