@@ -259,7 +259,7 @@ def _checked(pairs: Sequence[Sequence[int]], ours: Sequence[Block], theirs: Sequ
         if _causal(ours[pair[0]]) != _causal(theirs[pair[1]]):
             raise ValueError(
                 f"hidden_layers pairs {list(pair)}, a block of an encoder and one of a decoder, which read other "
-                "tokens: pair blocks of a kind (those of the encoder are counted first)"
+                "tokens: pair the encoder's, which are counted first, with each other, and the decoder's likewise"
             )
         found.append((pair[0], pair[1]))
     if not found:

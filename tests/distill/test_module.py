@@ -334,7 +334,7 @@ def test_experts_of_another_activation_are_not_merged_into_a_layer(tmp_path):
     pupil.initialize([batch(tmp_path)])
     use = measure(pupil.teacher.module, [batch(tmp_path)]).layers[0]
     own, layer = (net.get_submodule(use.layer) for net in (pupil.net, taught.net))
-    x = torch.randn(3, 16)
+    x = torch.randn(1, 3, 16)
     w1, w2 = layer.experts.w1.mean(0), layer.experts.w2.mean(0)
     assert torch.allclose(own.eval()(x), use.gate * torch.nn.functional.silu(x @ w1) @ w2, atol=1e-5)
 
