@@ -50,7 +50,8 @@ class DistillModule(LanguageModule):
             by "usage", the "most_used" one, or their mean by usage once their hidden units are "aligned". Those measure
             the teacher on training batches first.
         init_batches: how many.
-        teacher_precision: "bf16" keeps the teacher in bfloat16, in half the memory; null: as its file has it.
+        teacher_precision: "bf16" keeps the teacher in bfloat16, in half the memory; null: float32, or as a given module
+            is.
         hidden_weight: of the match of hidden states; 0: none.
         hidden_layers: pairs of a student's and a teacher's block, by number; null: evenly over the depth.
         attention_weight: of the match of relations in the last blocks' attention; 0: none.

@@ -49,7 +49,7 @@ def stacked(name: str, experts: Experts) -> list[nn.Module]:
     """The modules that hold the stacked weights of routed experts.
 
     Raises:
-        ValueError: weights that are not stacked.
+        ValueError: weights that are not stacked, or always-on ones on the same module.
     """
     return [owner for owner, _ in _owners(name, experts)]
 
@@ -69,6 +69,14 @@ def _owners(name: str, experts: Experts) -> list[tuple[nn.Module, list[str]]]:
                     f"[{experts.num_experts}, ...], one for each expert: use experts such as mlp or gated_mlp, or "
                     "expert_parallel_size=1"
                 )
+        beside = [own for own, p in part.named_parameters(recurse=False) if id(p) in shared]
+        if names and beside:
+            # What holds stacked weights is sharded whole, and these are read outside its forward pass.
+            raise ValueError(
+                f"{type(experts).__name__} cannot be shared out over processes: {name}.experts"
+                f"{'.' + path if path else ''} holds {beside[0]}, which every token meets, beside stacked weights: put "
+                "it into a child module, or use expert_parallel_size=1"
+            )
         if names:
             found.append((part, names))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed import run
 from equal import distance, whole
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from switchkit import (
@@ -28,6 +30,7 @@ from switchkit import (
     TopK,
 )
 from switchkit.parallel import Exchange, shard_experts
+from switchkit.parallel.experts import stacked
 
 D, E, S = 8, 8, 6
 LAYERS: dict[str, Any] = {
@@ -140,3 +143,23 @@ def test_experts_that_cannot_be_shared_out_are_refused() -> None:
     assert "blocks.1.mlp.experts.weight is [4, 4], where expert parallelism needs weights stacked as [6, ...]" in heads
     assert "the 5 experts of blocks.1.mlp cannot be shared out over expert_parallel_size=2 processes: use 1 or 5" in odd
     assert "stacks.0.w1 is [3, 4, 4]" in mixed
+
+
+class Beside(Mlp):
+    """An always-on matrix on the module of the stacked weights."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.every = nn.Parameter(torch.eye(d_model))
+
+    def always(self, x: Tensor) -> Tensor:
+        return x @ self.every
+
+    def always_parameters(self) -> Iterator[nn.Parameter]:
+        yield self.every
+
+
+def test_what_every_token_meets_is_no_part_of_what_is_shared_out() -> None:
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.experts holds every, .*: put it into a child module"):
+        stacked("blocks.0.mlp", Beside(4, 8, 2))
+    assert [type(part) for part in stacked("blocks.0.mlp", Mlp(4, 8, 2))] == [Mlp]
