@@ -11,12 +11,25 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from switchkit import stats
-from switchkit.audit.probe import MODES, Finding, Probe, changed, drawing, generator_state, hooked, percent, short_name
+from switchkit.audit.probe import (
+    MODES,
+    Finding,
+    Probe,
+    changed,
+    counted_group,
+    drawing,
+    generator_state,
+    hooked,
+    percent,
+    short_name,
+)
+from switchkit.layers import MoELayer
 from switchkit.records import Routing
 
 __all__ = ["FUTURE", "chance", "future", "padding", "rest_of_batch"]
 
 FUTURE = "future tokens"
+_EDITED = 16
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,18 @@ class _Edit:
 
 
 def _edits(probe: Probe) -> list[_Edit]:
-    """Tails of other tokens, and of one token over and over, which crowds one expert."""
+    """Tails of other tokens, and of one token over and over, which crowds one expert; of up to 16 of the sequences.
+
+    In a group of many sequences an expert is full from one place on, and an edit there alone shows a leak.
+    """
     rows, size = probe.tokens.shape
     places = [size // 4, size // 2, size // 2, 3 * size // 4, size - 1]
+    count = max(len(places), min(rows, _EDITED))
     found = []
-    for number, place in enumerate(min(max(place, 1), size - 1) for place in places):
-        row, tokens = number % rows, probe.tokens.clone()
+    for number in range(count):
+        place = min(max(places[number % len(places)], 1), size - 1)
+        row = number * rows // count if rows > count else number % rows
+        tokens = probe.tokens.clone()
         crowd = tokens[row, 0] if number % 2 == 0 and place < size - 1 else None
         tokens[row, place:] = probe.others(tokens[row, place:], number + 1) if crowd is None else crowd
         found.append(_Edit(tokens, row, place))
@@ -59,7 +78,7 @@ def future(probe: Probe) -> list[Finding]:
     declared = [name for name, layer in probe.causal.items() if layer.leaks]
     seen = _leaking_layers(probe, edits) if declared or any(leak.values()) else []
     if not any(leak.values()):
-        first = Finding(FUTURE, "ok", evidence)
+        first = _unless_unfilled(probe, Finding(FUTURE, "ok", evidence), probe.causal)
     else:
         where = f"; first in {seen[0]}" if seen else "; in no sparse layer"
         first = Finding(FUTURE, "fault", evidence + where, _mend_leak(probe, seen))
@@ -80,10 +99,21 @@ def _declaration(
         why = "" if any(dropped.values()) else "; nothing was dropped, so nothing was pushed out"
         reason = probe.layers[unseen[0]].leaks
         evidence = f"said to leak, and not seen to: {', '.join(unseen)} ({reason}){why}"
-        return Finding(check, "fault", evidence, "lower the capacity until it binds, or mend what the part declares")
+        return Finding(check, "note", evidence, "lower the capacity until it binds, or mend what the part declares")
     if declared:
         return Finding(check, "ok", f"{', '.join(declared)}: {probe.layers[declared[0]].leaks}")
     return Finding(check, "ok", "no part declares a leak" + (", none was seen" if probe.layers else ""))
+
+
+def _unless_unfilled(probe: Probe, finding: Finding, layers: dict[str, MoELayer]) -> Finding:
+    """A note in its place if the capacity of some layers is that of a larger group than the batch fills."""
+    tokens = probe.tokens.numel()
+    names = [name for name, layer in layers.items() if counted_group(layer) > tokens]
+    if not names:
+        return finding
+    size = layers[names[0]].group
+    told = f"{finding.evidence}; not measured: {tokens} tokens do not fill a group of {size} in {', '.join(names)}"
+    return Finding(finding.check, "note", told, f"--model.moe.group={tokens} or less, or sequence")
 
 
 def _leaking_layers(probe: Probe, edits: list[_Edit]) -> list[str]:
@@ -162,7 +192,7 @@ def rest_of_batch(probe: Probe) -> Finding:
         f"{k}: {changed(v)}" for k, v in values.items()
     )
     if not any(values.values()):
-        return Finding(check, "ok", evidence)
+        return _unless_unfilled(probe, Finding(check, "ok", evidence), probe.layers)
     wide = {str(layer.group) for layer in probe.layers.values() if layer.group != "sequence"}
     if wide:
         evidence += f"; capacity is counted over group={', '.join(sorted(wide))}"

@@ -27,6 +27,7 @@ __all__ = [
     "Probe",
     "Status",
     "changed",
+    "counted_group",
     "drawing",
     "generator_state",
     "hooked",
@@ -151,6 +152,15 @@ def sparse_layers(net: nn.Module) -> dict[str, MoELayer]:
     """By their names in the model itself."""
     inner = net.net if isinstance(net, Reading) else net
     return {name: part for name, part in inner.named_modules() if isinstance(part, MoELayer)}
+
+
+def counted_group(layer: MoELayer) -> int:
+    """Tokens of a group that are fixed and that something is decided by, its capacity or the choices; else 0."""
+    if layer.group in ("sequence", "batch"):
+        return 0
+    size, k = int(layer.group), layer.router.k
+    limited = any(layer.capacity.limit(size, layer.num_experts, k, training=mode) is not None for mode in MODES)
+    return size if limited or layer.router.leaks else 0
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkit import __version__, checkpoints, report
-from switchkit.audit import LONG, Finding, audit, sees_future
+from switchkit.audit import LONG, Finding, audit, sees_future, sequences_for
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
@@ -74,9 +74,11 @@ def _measured(arguments: list[str]) -> dict[str, Any]:
         report.checkpoint_line(path)
     longest = int(getattr(module.net, "context", LONG))
     context = min(int(getattr(cli.datamodule, "context", 0) or longest), longest)
-    findings = audit(module, context=context, trained=path is not None)
+    sequences = sequences_for(module, context, int(getattr(cli.datamodule, "batch_size", 0) or 0))
+    findings = audit(module, context=context, sequences=sequences, trained=path is not None)
     refused = bool(permit) and any(part.leaks for part in module.modules() if isinstance(part, MoELayer))
-    _print(findings, f"Audit of {_title(arguments, path)}, on sequences of {context} random tokens", refused)
+    read = f"on {sequences} sequences of {context} random tokens"
+    _print(findings, f"Audit of {_title(arguments, path)}, {read}", refused)
     return {
         "version": __version__,
         "leaks": sees_future(findings),

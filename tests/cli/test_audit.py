@@ -23,7 +23,7 @@ def by_check(path):
 def test_a_clean_recipe(run):
     code, out, _ = run("audit", *SMALL, "--json", "found.json")
     assert code == 0
-    assert "Audit of small.yaml, on sequences of 16 random tokens" in out
+    assert "Audit of small.yaml, on 3 sequences of 16 random tokens" in out
     assert "0 faults" in out
     content = json.loads(Path("found.json").read_text())
     assert (content["leaks"], content["refused_by_fit"]) == (False, False)
@@ -47,13 +47,23 @@ def test_a_leak_that_the_recipe_allows_is_one_still(run):
     assert "refuses" not in out
 
 
+def test_a_leak_that_a_full_group_alone_shows(run):
+    argv = [*SMALL, *LEAK, "--model.moe.capacity.train", "0.5", "--data.batch_size", "20"]
+    code, out, _ = run("audit", *argv, "--model.moe.group", "256")
+    assert (code, "on 20 sequences of 16 random tokens" in out) == (1, True)
+    code, _, _ = run("audit", *argv, "--model.moe.group", "10000", "--json", "found.json")
+    found = by_check("found.json")
+    assert (code, found["future tokens"]["status"], found["declared leaks"]["status"]) == (0, "note", "note")
+    assert "320 tokens do not fill a group of 10000" in found["future tokens"]["evidence"]
+
+
 def test_a_recipe_without_a_net(run):
     recipe = "model: {class_path: LanguageModule, init_args: {losses: [balance]}}\n"
     recipe += "data: {class_path: TextData, init_args: {path: text.txt, context: 8, validation_prefix: 512}}\n"
     Path("bare.yaml").write_text(recipe)
     code, out, _ = run("audit", "-c", "bare.yaml")
     assert code == 0
-    assert "sequences of 8 random tokens" in out
+    assert "on 3 sequences of 8 random tokens" in out
 
 
 def test_other_faults_leave_the_exit_code_alone(run):

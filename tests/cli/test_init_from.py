@@ -150,4 +150,4 @@ def test_a_model_without_data_is_described_and_audited_with_its_own_vocabulary(r
     assert "1, of which 1 sparse" in out
     code, out, err = run("audit", "--ckpt_path", "bare.ckpt")
     assert code == 0, err
-    assert "on sequences of 8 random tokens" in out
+    assert "on 3 sequences of 8 random tokens" in out
