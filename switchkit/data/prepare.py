@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
@@ -20,6 +21,10 @@ from switchkit.data.tokenizers import CharTokenizer, Tokenizer
 
 __all__ = ["characters_of", "prepare"]
 
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_AROUND = 200  # characters on either side of a cut whose tokens are looked at
+_TRIED = 20  # spaces that are tried, the last ones of a piece
+_HELD = 1 << 19  # characters that wait for a place to cut them
 _AT_ONCE = 16  # pieces of text that a sub-word vocabulary encodes in parallel
 
 
@@ -55,7 +60,8 @@ def prepare(
 
     Between two texts comes the vocabulary's `eos_id`, where it has one. A text is encoded in pieces of some 64
     thousand characters, cut after line ends: characters and bytes give the tokens of the whole text, and so do
-    vocabularies that split it at spaces, as byte-level ones do.
+    vocabularies that split it there, as byte-level ones do. For one that puts a space before each text, as
+    SentencePiece's do, pieces are cut at spaces, and the space put before a piece is the text's own.
 
     Args:
         out: a folder that is not there yet.
@@ -66,7 +72,8 @@ def prepare(
         told: called with the bytes read since it was called last, and the tokens written so far.
 
     Raises:
-        DataError: a text that cannot be read or encoded, or a folder that cannot be written; nothing is left there.
+        DataError: a text that cannot be read or encoded, or only as a whole, or a folder that cannot be written;
+            nothing is left there.
     """
     with new_folder(Path(out).expanduser()) as folder:
         writer = ShardWriter(folder, tokenizer, shard_tokens=shard_tokens)
@@ -94,6 +101,8 @@ def _encoded(tokenizer: Tokenizer, text: TextFile, told: Callable[[int], Any]) -
     pieces = text.pieces(told)
     try:
         if isinstance(tokenizer, FileTokenizer):
+            if not _same(tokenizer, "a\nb", "a\n", "b"):
+                pieces = _at_spaces(tokenizer, pieces, text.label)
             while several := list(islice(pieces, _AT_ONCE)):
                 yield from tokenizer.encode_batch(several)
         else:
@@ -102,6 +111,39 @@ def _encoded(tokenizer: Tokenizer, text: TextFile, told: Callable[[int], Any]) -
         raise
     except ValueError as error:
         raise DataError(f"{text.label}: {error}") from error
+
+
+def _at_spaces(tokenizer: FileTokenizer, pieces: Iterator[str], label: str) -> Iterator[str]:
+    """The text cut at spaces, which are left out: the vocabulary puts one before each piece.
+
+    Raises:
+        DataError: there is no such place, or the tokens around it are others than in the whole text.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        for space in islice(_SPACE.finditer(held[::-1]), _TRIED):
+            cut = len(held) - space.end()  # found in the reversed text
+            before, after = held[:cut], held[cut + 1 :]
+            left, right = before[-_AROUND:], after[:_AROUND]
+            if _same(tokenizer, f"{left} {right}", left, right):
+                yield before
+                held = after
+                break
+        else:
+            if len(held) > _HELD:
+                raise DataError(
+                    f"{label}: this vocabulary encodes {len(held):,} characters as a whole only, with no space in them "
+                    "at which they could be cut; take --tokenizer bytes or another vocabulary, or put spaces there"
+                )
+    if held:
+        yield held
+
+
+def _same(tokenizer: FileTokenizer, whole: str, *parts: str) -> bool:
+    """Whether the tokens of a text are those of its parts."""
+    first, *others = tokenizer.encode_batch([whole, *parts])
+    return torch.equal(first, torch.cat(others))
 
 
 def _about(text: TextFile) -> dict[str, Any]:

@@ -159,3 +159,40 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, file: str) -> None:
 def test_characters_of_what_can_be_read_once() -> None:
     with pytest.raises(DataError, match="the characters of stdin are known only when .* take --tokenizer bytes"):
         characters_of([TextFile("-")])
+
+
+def spaced(kind: str) -> FileTokenizer:
+    """A vocabulary that puts a space before each text, as SentencePiece's do: by its pre-tokenizer, or as Llama's."""
+    package = pytest.importorskip("tokenizers")
+    own = package.Tokenizer(package.models.BPE(unk_token="<unk>"))
+    own.pre_tokenizer = package.pre_tokenizers.Metaspace()
+    own.decoder = package.decoders.Metaspace()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
+    )
+    own.train_from_iterator([PLAY[:3000]], trainer)
+    if kind == "normalizer":
+        replaced = package.normalizers.Replace(" ", "▁")
+        own.normalizer = package.normalizers.Sequence([package.normalizers.Prepend("▁"), replaced])
+        own.pre_tokenizer = None
+    return FileTokenizer(content=own.to_str())
+
+
+@pytest.mark.parametrize("kind", ["pre-tokenizer", "normalizer"])
+def test_a_space_that_a_vocabulary_puts_before_a_text_stands_there_once(tmp_path: Path, file: str, kind: str) -> None:
+    tokenizer = spaced(kind)
+    index = prepare(tmp_path / "out", [TextFile(file)], tokenizer)
+    assert index.tokens > 1000
+    assert torch.equal(ShardedTokens(tmp_path / "out")[:], tokenizer.encode(PLAY))
+
+
+def test_a_text_that_such_a_vocabulary_encodes_as_a_whole_only_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "_PIECE", 50)
+    monkeypatch.setattr("switchkit.data.prepare._HELD", 200)
+    (tmp_path / "solid").write_text("nospaces\n" * 100)
+    before = left(tmp_path)
+    with pytest.raises(DataError, match=r"solid: this vocabulary encodes \d+ characters as a whole only"):
+        prepare(tmp_path / "out", [TextFile(str(tmp_path / "solid"))], spaced("normalizer"))
+    assert left(tmp_path) == before
