@@ -19,6 +19,7 @@ from switchkit.compare.budget import Budget, Cost
 from switchkit.compare.definition import Definition, Entry
 from switchkit.compare.quiet import quiet
 from switchkit.counts import Counts, count
+from switchkit.data.pair_loaders import BucketedPairs
 from switchkit.models import EncoderDecoder
 from switchkit.module import LanguageModule
 
@@ -98,20 +99,28 @@ def model_of(name: str, tree: Mapping[str, Any]) -> Model:
     info = data.source_info() if hasattr(data, "source_info") else {}
     data.prepare_data()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    source, targets = _sizes(data.train_dataloader())
     counts = count(module.net, context_of(data, module))
-    tokens = batch["tokens"].numel() * cli.trainer.accumulate_grad_batches
+    tokens = targets * cli.trainer.accumulate_grad_batches
     per_token = float(counts.flops)
-    if isinstance(module.net, EncoderDecoder) and "source" in batch:
+    if isinstance(module.net, EncoderDecoder) and source:
         # The count is that of one token of the source and one of the target together.
-        per_token *= (batch["source"].numel() + batch["tokens"].numel()) / (2 * batch["tokens"].numel())
+        per_token *= (source + targets) / (2 * targets)
     return Model(
         counts=counts,
-        cost=Cost(tokens=tokens, flops=round(3 * per_token * tokens)),
+        cost=Cost(tokens=round(tokens), flops=round(3 * per_token * tokens)),
         sparse=bool(module.sparse_layers),
         data=str(info.get("description", type(data).__name__)),
         generated=bool(info.get("generated", False)),
     )
+
+
+def _sizes(loader: Any) -> tuple[float, float]:
+    """Tokens of a batch's source, 0 without one, and of its targets, padding counted: means where batches differ."""
+    if isinstance(loader, BucketedPairs):
+        return loader.mean_sizes()
+    batch = next(iter(loader))
+    return (batch["source"].numel() if "source" in batch else 0), batch["tokens"].numel()
 
 
 def context_of(data: Any, module: Any) -> int:

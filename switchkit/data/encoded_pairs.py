@@ -44,8 +44,9 @@ class EncodedPairs:
     """One for each language."""
     line: Int[Tensor, "P"]
     language: Int[Tensor, "P"]
-    longest: Int[Tensor, "P"]
-    """Tokens of the longer side as the batch has it."""
+    source_length: Int[Tensor, "P"]
+    target_length: Int[Tensor, "P"]
+    """Tokens of each side as the batch has it."""
     encoder: PairEncoder
     skipped: Mapping[str, int]
     """Pairs left out, by reason."""
@@ -54,6 +55,11 @@ class EncodedPairs:
 
     def __len__(self) -> int:
         return len(self.line)
+
+    @property
+    def longest(self) -> Int[Tensor, "P"]:
+        """Tokens of the longer side."""
+        return torch.maximum(self.source_length, self.target_length)
 
     def batch(self, index: Int[Tensor, "B"]) -> dict[str, Tensor]:
         """Pairs as a batch: `source` and `source_valid` [B, S]; `tokens`, `targets` and `valid` [B, T]; `language` and
@@ -149,9 +155,10 @@ class PairEncoder:
                 "or set data.too_long to cut"
             )
         line, language = left.nonzero(as_tuple=True)
-        sides = (here + head + 1).clamp(max=self.max_source), (there + 1).clamp(max=self.max_target)
+        read = (here + head + 1).clamp(max=self.max_source)[line, language]
+        written = (there + 1).clamp(max=self.max_target)[line, language]
         cut = int(long.sum()) if self.too_long == "cut" else 0
-        return EncodedPairs(sources, targets, line, language, torch.maximum(*sides)[line, language], self, skipped, cut)
+        return EncodedPairs(sources, targets, line, language, read, written, self, skipped, cut)
 
     def _sentences(self, lines: Sequence[str], language: str) -> _Sentences:
         rows = []

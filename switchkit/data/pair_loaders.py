@@ -59,12 +59,11 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
     ) -> None:
         super().__init__(seed=seed, rank=rank, world_size=world_size, ends_after=ends_after, repeat=repeat)
         self.pairs = pairs
-        order = pairs.longest.argsort(stable=True)
+        longest = pairs.longest
+        order = longest.argsort(stable=True)
         self._buckets = order.tensor_split(min(buckets, len(pairs)))
-        self._longest = [int(pairs.longest[bucket[-1]]) for bucket in self._buckets]
-        self._sizes = [
-            batch_size if batch_tokens is None else max(1, batch_tokens // longest) for longest in self._longest
-        ]
+        self._longest = [int(longest[bucket[-1]]) for bucket in self._buckets]
+        self._sizes = [batch_size if batch_tokens is None else max(1, batch_tokens // most) for most in self._longest]
         self._length, carried = 0, 0
         for bucket, size in zip(self._buckets, self._sizes, strict=True):
             steps, carried = divmod(len(bucket) + carried, size * world_size)
@@ -93,6 +92,13 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
             batches += bucket[:whole].view(-1, self.world_size, size)[:, self.rank]
             carried = bucket[whole:]
         return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def mean_sizes(self) -> tuple[float, float]:
+        """Tokens of a batch's `source` and `tokens`, padding counted: means over an epoch, the same for every seed."""
+        plan = self.plan(torch.Generator().manual_seed(0))
+        sides = self.pairs.source_length, self.pairs.target_length
+        source, tokens = (sum(len(rows) * int(side[rows].max()) for rows in plan) / len(plan) for side in sides)
+        return source, tokens
 
     def batch(self, plan: list[Tensor], index: int, generator: torch.Generator) -> dict[str, Tensor]:
         return self.pairs.batch(plan[index])

@@ -402,3 +402,18 @@ def test_built_from_a_configuration(files: dict[str, str]) -> None:
     assert isinstance(data, PairData)
     assert data.languages == ("de", "fr")
     assert isinstance(data.pairs("val"), EncodedPairs)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"batch_tokens": 300, "too_long": "cut", "max_target": 20}])
+def test_the_mean_sizes_are_those_of_an_epoch_whatever_the_seed(files: dict[str, str], sizes: dict[str, Any]) -> None:
+    data = pair_data(files, **sizes)
+    data.setup("fit")
+    told = data.train_loader(rank=0, world_size=1).mean_sizes()
+    for seed in (0, 1, 2):
+        data.seed = seed
+        loader = data.train_loader(rank=0, world_size=1)
+        batches = list(loader)
+        assert loader.mean_sizes() == told
+        for name, mean in zip(("source", "tokens"), told, strict=True):
+            # Which pairs of a bucket stand together, and are filled up to one length, is drawn.
+            assert mean == pytest.approx(sum(batch[name].numel() for batch in batches) / len(batches), rel=0.05)

@@ -1,0 +1,45 @@
+"""What a step of a run is taken to cost, before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from switchkit.compare.budget import Budget
+from switchkit.compare.definition import Entry
+from switchkit.compare.plan import composed, model_of, steps_of
+from switchkit.data import PairData
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+SMALL = [("d_model", "16"), ("encoder_layers", "2"), ("decoder_layers", "2"), ("num_heads", "2"), ("d_ff", "16")]
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sentences of very different length, most of them short."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines").write_text("".join("x" * (n * n * n // 64000 + 1) + "\n" for n in range(200)))
+    return "lines"
+
+
+def test_a_step_on_pairs_costs_the_mean_of_an_epoch_whatever_the_seed(lines: str) -> None:
+    given = [("data.source", lines), ("data.target", lines), ("trainer.callbacks", "[]")]
+    given += [(f"model.net.{name}", value) for name, value in SMALL]
+    given += [("data.batch_size", "4"), ("data.max_source", "200"), ("data.max_target", "200")]
+    found = []
+    for seed in ("0", "1", "2"):
+        tree = composed(Entry("a", ("t5_translate",)), [*given, ("data.seed", seed)], [])
+        model = model_of("a", tree)
+        found.append((model.cost, steps_of(Budget("flops", 1e12), {"a": tree}, {"a": model}, {}, {})))
+    assert found[0] == found[1] == found[2]
+    data = PairData(lines, target=lines, batch_size=4, max_source=200, max_target=200)
+    data.setup("fit")
+    batches = list(data.train_loader(rank=0, world_size=1))
+    tokens, source = (fmean(batch[name].numel() for batch in batches) for name in ("tokens", "source"))
+    assert model.cost.tokens == pytest.approx(tokens, rel=0.05)
+    assert model.cost.flops == pytest.approx(3 * model.counts.flops * (source + tokens) / 2, rel=0.05)
