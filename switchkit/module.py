@@ -23,7 +23,7 @@ from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, MoELayer
 from switchkit.losses.balance import Balance
-from switchkit.losses.base import Loss, LossFactory
+from switchkit.losses.base import Loss, LossFactory, built, names_of
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
@@ -31,7 +31,7 @@ from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, las
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
 from switchkit.records import Routing
-from switchkit.registry import full_path, name_of
+from switchkit.registry import full_path
 from switchkit.spec import build, describe, described_data
 from switchkit.start import begin, later
 from switchkit.step import MicroBatch, NonFiniteError, Seen, Step, gradient_scale, weighted_means
@@ -113,13 +113,8 @@ class LanguageModule(L.LightningModule):
         # Within `later` a model without memory, and what draws its values; a subclass may look at them.
         with later(False) if type(self) is not LanguageModule else nullcontext():
             self.net, self.start = begin(partial(net or Decoder, vocab_size=size, moe=moe))
-        self.losses = _built([Balance] if losses is None else losses)
-        names = [name_of(type(term)) for term in self.losses]
-        # A second one of a kind is logged beside the first, not over it.
-        self._loss_names = [
-            name if (before := names[:number].count(name)) == 0 else f"{name}_{before + 1}"
-            for number, name in enumerate(names)
-        ]
+        self.losses = built([Balance] if losses is None else losses)
+        self._loss_names = names_of(self.losses)
         self.optimizer: OptimizerFactory = optimizer or partial(
             torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
         )
@@ -442,18 +437,3 @@ class LanguageModule(L.LightningModule):
         module.load_state_dict(content["state_dict"], strict=strict)
         module.on_load_checkpoint(content)
         return module.to(map_location or "cpu")
-
-
-def _built(losses: Sequence[LossFactory]) -> list[Loss]:
-    """The terms of the loss.
-
-    Raises:
-        ValueError: no list, or a loss that lacks what `Loss` sets.
-    """
-    if not isinstance(losses, (list, tuple)):
-        raise ValueError(f"losses must be a list of classes or functools.partials, such as [Balance]; got {losses!r}")
-    built = [factory() for factory in losses]
-    for term in built:
-        if not hasattr(term, "weight"):
-            raise ValueError(f"the loss {type(term).__name__} has no weight: call super().__init__(weight) in its own")
-    return built

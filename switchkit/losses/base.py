@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchkit.records import Routing
+from switchkit.registry import name_of
 
-__all__ = ["Loss", "LossFactory", "by_stack", "check_stacks", "one_of", "over_layers"]
+__all__ = ["Loss", "LossFactory", "built", "by_stack", "check_stacks", "names_of", "one_of", "over_layers"]
 
 Word = TypeVar("Word", bound=str)
 Item = TypeVar("Item")
@@ -47,6 +48,28 @@ class LossFactory(Protocol):
     """Anything that builds a loss: a class, a `functools.partial`, a YAML part."""
 
     def __call__(self) -> Loss: ...
+
+
+def built(losses: Sequence[LossFactory]) -> list[Loss]:
+    """The terms of the loss.
+
+    Raises:
+        ValueError: no list, or a loss that lacks what `Loss` sets.
+    """
+    if not isinstance(losses, (list, tuple)):
+        raise ValueError(f"losses must be a list of classes or functools.partials, such as [Balance]; got {losses!r}")
+    built = [factory() for factory in losses]
+    for term in built:
+        if not hasattr(term, "weight"):
+            raise ValueError(f"the loss {type(term).__name__} has no weight: call super().__init__(weight) in its own")
+    return built
+
+
+def names_of(losses: Sequence[Loss]) -> list[str]:
+    """What each is logged as: its name, with a number from the second of a kind on."""
+    names = [name_of(type(term)) for term in losses]
+    before = [names[:number].count(name) for number, name in enumerate(names)]
+    return [name if count == 0 else f"{name}_{count + 1}" for name, count in zip(names, before, strict=True)]
 
 
 def one_of(name: str, value: Word, accepted: tuple[str, ...]) -> Word:
