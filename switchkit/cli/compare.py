@@ -28,6 +28,7 @@ from switchkit.compare.pictures import write_pictures
 from switchkit.compare.plan import Model, composed, model_of, reference, steps_of, takes_seed
 from switchkit.compare.runner import seconds_per_step, train
 from switchkit.compare.summary import pairs_of, rows_of, sentence
+from switchkit.report import part_of
 from switchkit.report.plots import can_plot
 from switchkit.report.tables import console
 
@@ -193,12 +194,13 @@ def _notes(
         if len(every) == 1
         else ", ".join(f"{name} {n:,}" for name, n in steps.items()) + " steps"
     )
+    parts = " or ".join(dict.fromkeys(part_of(model.evaluated) for model in models.values()))
     texts = list(dict.fromkeys(model.data for model in models.values()))
     notes = [
         f"{seeds} seed{'s' * (seeds > 1)}, budget {budget}: {told} for a run; "
         "runs of one seed read the same data in the same order",
         f"data: {'; '.join(texts)}",
-        "held-out loss: nats per token over the whole held-out text, last weights; ±: standard deviation over seeds",
+        f"held-out loss: nats per token over {parts}, last weights; ±: standard deviation over seeds",
         f"faster in steps or time: to the last loss of the curve of {twin}",
         "dropped: share of all assignments in training; imbalance: largest over mean load of the worst layer, held out",
         f"switchkit {__version__}, torch {torch.__version__}",

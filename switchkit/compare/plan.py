@@ -51,6 +51,8 @@ class Model:
     data: str
     generated: bool
     """The text is made up, by the data's seed."""
+    evaluated: int | None = None
+    """Batches of the held-out text that the loss is of; None: all."""
 
 
 def composed(entry: Entry, edits: Sequence[tuple[str, str]], plugins: Sequence[str]) -> dict[str, Any]:
@@ -112,6 +114,7 @@ def model_of(name: str, tree: Mapping[str, Any]) -> Model:
         sparse=bool(module.sparse_layers),
         data=str(info.get("description", type(data).__name__)),
         generated=bool(info.get("generated", False)),
+        evaluated=_evaluated(data, cli.trainer.limit_val_batches),
     )
 
 
@@ -121,6 +124,15 @@ def _sizes(loader: Any) -> tuple[float, float]:
         return loader.mean_sizes()
     batch = next(iter(loader))
     return (batch["source"].numel() if "source" in batch else 0), batch["tokens"].numel()
+
+
+def _evaluated(data: Any, limit: float) -> int | None:
+    """How many batches of the held-out text a limit leaves; None: all."""
+    if isinstance(limit, float) and limit == 1:
+        return None
+    whole = len(data.val_dataloader())
+    count = limit if isinstance(limit, int) else int(limit * whole)
+    return count if count < whole else None
 
 
 def context_of(data: Any, module: Any) -> int:

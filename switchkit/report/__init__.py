@@ -1,6 +1,6 @@
 """Tables about models and runs."""
 
 from switchkit.counts import Counts, count
-from switchkit.report.run import checkpoint_line, closing, context_of, describe, opening, predicted
+from switchkit.report.run import checkpoint_line, closing, context_of, describe, opening, part_of, predicted
 
-__all__ = ["Counts", "checkpoint_line", "closing", "context_of", "count", "describe", "opening", "predicted"]
+__all__ = ["Counts", "checkpoint_line", "closing", "context_of", "count", "describe", "opening", "part_of", "predicted"]

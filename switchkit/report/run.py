@@ -25,7 +25,7 @@ from switchkit.report.tables import (
 )
 from switchkit.report.twins import twin_rows
 
-__all__ = ["checkpoint_line", "closing", "context_of", "describe", "opening", "predicted"]
+__all__ = ["checkpoint_line", "closing", "context_of", "describe", "opening", "part_of", "predicted"]
 
 
 def checkpoint_line(path: str) -> None:
@@ -110,12 +110,7 @@ def closing(cli: Any) -> None:
     rows += loads(module.last_load, module.sparse_layers) if found else []
     rows += [("checkpoint", str(best or last or "none was saved"))]
     count = _batches(trainer) if found else 0
-    part = {
-        None: " on the whole held-out text",
-        0: ", with no validation",
-        1: " on the first batch of the held-out text",
-    }.get(count, f" on the first {count} batches of the held-out text")
-    out.print(rows_table(f"Result{part}", rows))
+    out.print(rows_table(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))
     shown = best or last
     if shown is not None:
         names = cli.settings.get("plugins")
@@ -157,6 +152,13 @@ def _length(trainer: Any) -> str:
         if count > 0:
             return f"{count:,} {one}{'s' * (count > 1)}"
     return "until it is stopped"
+
+
+def part_of(count: int | None) -> str:
+    """What so many batches are of the held-out text; None: all of it."""
+    if count is None:
+        return "the whole held-out text"
+    return f"the first {'batch' if count == 1 else f'{count} batches'} of the held-out text"
 
 
 def _batches(trainer: Any) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
+from switchkit.cli.compare import _notes
 from switchkit.compare.budget import Budget
 from switchkit.compare.definition import Entry
 from switchkit.compare.plan import composed, model_of, steps_of
@@ -43,3 +45,26 @@ def test_a_step_on_pairs_costs_the_mean_of_an_epoch_whatever_the_seed(lines: str
     tokens, source = (fmean(batch[name].numel() for batch in batches) for name in ("tokens", "source"))
     assert model.cost.tokens == pytest.approx(tokens, rel=0.05)
     assert model.cost.flops == pytest.approx(3 * model.counts.flops * (source + tokens) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("1.0", "the whole held-out text"),
+        ("3", "the first 3 batches of the held-out text"),
+        ("0.5", "the first 2 batches of the held-out text"),
+        ("5", "the whole held-out text"),
+    ],
+)
+def test_the_held_out_loss_is_told_by_what_it_is_of(lines: str, limit: str, said: str) -> None:
+    # 20 lines are held out: 5 batches of 4.
+    given = [("data.source", lines), ("data.target", lines), ("trainer.callbacks", "[]"), ("data.eval_batch_size", "4")]
+    given += [("data.max_source", "200"), ("data.max_target", "200"), ("trainer.limit_val_batches", limit)]
+    given += [(f"model.net.{name}", value) for name, value in SMALL]
+    model = model_of("a", composed(Entry("a", ("t5_translate",)), given, []))
+    notes = _notes(Budget("steps", 1), 1, {"a": 1}, "a", {"a": model}, {})
+    assert f"held-out loss: nats per token over {said}, last weights" in "\n".join(notes)
+    one = replace(model, evaluated=1)
+    assert "over the first batch of the held-out text" in "\n".join(
+        _notes(Budget("steps", 1), 1, {"a": 1}, "a", {"a": one}, {})
+    )
