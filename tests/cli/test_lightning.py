@@ -317,3 +317,11 @@ def test_a_run_folder_at_home(run, folder, monkeypatch):
     assert not Path("~").exists()
     code, _, error = run("validate", "-c", "small.yaml", "--ckpt_path", "last", "--trainer.default_root_dir", "~/runs")
     assert code == 0, error
+
+
+def test_a_whole_number_stays_one():
+    """1 is a batch, and 1.0 all of them: which of `int | float` is tried first depends on what typing has cached."""
+    for given, kind in (("1", int), ("1.0", float)):
+        cli = build([*SMALL, "--trainer.limit_val_batches", given])
+        assert type(cli.settings.trainer.limit_val_batches) is kind
+        assert type(cli.trainer.limit_val_batches) is kind
