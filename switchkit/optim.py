@@ -56,8 +56,8 @@ def why_whole(optimizer: torch.optim.Optimizer) -> str | None:
 
 def last_step(trainer: L.Trainer) -> float:
     """The optimizer step that a run ends with, by `max_steps` or `max_epochs`; infinite where nothing ends it."""
-    steps = trainer.estimated_stepping_batches
-    # Lightning says -1 of data without a length.
+    # Epochs end nothing where they are not given; how many batches one has need not be asked of the data then.
+    steps = trainer.max_steps if trainer.max_epochs in (None, -1) else trainer.estimated_stepping_batches
     return math.inf if steps < 0 else steps
 
 
