@@ -45,7 +45,6 @@ def plan_tables(
         for table in _tables(f"{len(plan.fits)} arrangements fit, the fastest first", shown):
             out.print(table)
         out.print(LEGEND, highlight=False, soft_wrap=True)
-        out.print(f"the fastest: {trainer_options(plan.fits[0], nodes, gpus)}", highlight=False, soft_wrap=True)
     else:
         out.print("nothing fits.")
     lines = [f"{one.arrangement}: {one.why_not}" for one in plan.rest]
@@ -59,6 +58,8 @@ def plan_tables(
         out.print(f"  {refused.what}: {refused.why}", highlight=False, soft_wrap=True)
     if not every and len(plan.refused) > SHOWN:
         out.print(f"  ... and {len(plan.refused) - SHOWN} more sizes that do not divide: --all")
+    if plan.fits:
+        out.print(f"the fastest: {trainer_options(plan.fits[0], nodes, gpus)}", highlight=False, soft_wrap=True)
 
 
 def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
