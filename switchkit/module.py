@@ -298,7 +298,9 @@ class LanguageModule(L.LightningModule):
 
     def _last_good(self) -> str:
         paths = [getattr(callback, "path", None) for callback in self.trainer.checkpoint_callbacks]
-        return next((f"the last good checkpoint is {path}" for path in paths if path), "nothing was saved yet")
+        saved = [path for path in paths if path is not None and path.exists()]
+        newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        return "nothing was saved yet" if newest is None else f"the last good checkpoint is {newest}"
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -374,7 +376,8 @@ class LanguageModule(L.LightningModule):
         return {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        ours = checkpoint.get("switchkit", {})
+        checkpoints.check_ours(checkpoint)
+        ours = checkpoint["switchkit"]
         self.hugging_face = origin.carried(ours, self.tokenizer)
         # What was counted on all devices goes on from the first of them.
         first = self._trainer is None or self.global_rank == 0

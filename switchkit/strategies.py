@@ -210,14 +210,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """A folder of any layout, each process its parts; or a single file, of which each takes its parts later."""
         path = Path(self.broadcast(checkpoint_path))
         if not path.is_dir():
-            return checkpoints.read(path)
+            return checkpoints.read(path, ours=False)
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         targets = {f"model/{name}": p.detach() for name, p in parameters.items()}
         for index, optimizer in enumerate(self.optimizers):
             for number, parameter in enumerate(_parameters(optimizer)):
                 targets[f"optimizer/{index}/{number}"] = parameter.detach()
-        return checkpoints.read_folder(path, targets)
+        return checkpoints.read_folder(path, targets, ours=False)
 
 
 def end_together(launcher: _Launcher | None, tells: Callable[[BaseException], bool] | None = None) -> None:

@@ -16,4 +16,5 @@ __all__ = ["defaults"]
 
 def defaults(cli: Any = None) -> list[L.Callback]:
     """Exact resume, clean stop, checkpoints and the bar; `cli` leaves out those it has already or switches off."""
-    return [RandomState(), SaveLast(), CleanStop(), SaveBest(), TrainingBar()]
+    # Lightning's ckpt_path="best" asks the first that saves.
+    return [RandomState(), SaveBest(), SaveLast(), CleanStop(), TrainingBar()]

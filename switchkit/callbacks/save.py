@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchkit.checkpoints import settling_later
+from switchkit.checkpoints import callback_state, settling_later
 from switchkit.step import NonFiniteError
 
 __all__ = ["SaveBest", "SaveLast", "checkpoint_folder"]
@@ -36,6 +36,8 @@ class SaveLast(Checkpoint):
         ValueError: every_n_steps below 1.
         NonFiniteError: at a save, weights with NaN or infinity; the file that was there stays.
     """
+
+    best_model_path = ""  # Lightning asks the first of its kind for ``ckpt_path="best"``
 
     def __init__(self, every_n_steps: int = 25) -> None:
         if every_n_steps < 1:
@@ -124,8 +126,21 @@ class SaveBest(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = state_dict["path"]
         # Without its file a past best is no use: the next validation sets a new one.
-        if path is not None and Path(path).exists():
-            self.path, self.value = Path(path), state_dict["value"]
+        if path is None or not Path(path).exists():
+            return
+        # last.ckpt of a step is saved before the validation at that step, and best.ckpt after it.
+        own = callback_state(path, self.state_key) or state_dict
+        self.path, self.value = Path(path), own["value"]
+
+    @property
+    def best_model_path(self) -> str:
+        """What Lightning's ``ckpt_path="best"`` means; empty: nothing was saved."""
+        return "" if self.path is None else str(self.path)
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        # By a launcher, of the processes that it had train.
+        self.path = Path(path) if path else None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -13,14 +13,18 @@ from torch import Tensor
 
 from switchkit.spec import find_class
 
-__all__ = ["FORMAT_VERSION", "check_classes", "check_weights", "content_of"]
+__all__ = ["FORMAT_VERSION", "check_classes", "check_ours", "check_weights", "content_of"]
 
 FORMAT_VERSION = 1
 """Of what switchkit adds to a checkpoint; a file of a later version is refused."""
 
 
-def content_of(file: Path, path: Path) -> dict[str, Any]:
-    """What a file holds, if switchkit wrote it; `path` is the checkpoint that it belongs to."""
+def content_of(file: Path, path: Path, *, ours: bool = True) -> dict[str, Any]:
+    """What a file holds; `path` is the checkpoint that it belongs to.
+
+    Raises:
+        ValueError: more than plain data; with `ours`, what no `LanguageModule` wrote.
+    """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -31,19 +35,25 @@ def content_of(file: Path, path: Path) -> dict[str, Any]:
             f"checkpoint {path} holds more than plain data and was not loaded: {what}, which could run anything. "
             "switchkit writes tensors, numbers and text alone"
         ) from error
+    if ours:
+        check_ours(content, f"checkpoint {path}")
+    return content
+
+
+def check_ours(content: Any, told: str = "this checkpoint") -> None:
+    """Raises ValueError where a `LanguageModule` did not write what a checkpoint holds, or a later one did."""
     ours = content.get("switchkit") if isinstance(content, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in content:
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"checkpoint {path} was not written by switchkit (it holds {keys})")
+        raise ValueError(f"{told} was not written by switchkit (it holds {keys})")
     model = ours.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
-        raise ValueError(f"checkpoint {path} does not say which model it holds: it was changed after it was written")
+        raise ValueError(f"{told} does not say which model it holds: it was changed after it was written")
     if ours.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
-            f"checkpoint {path} has format {ours['format_version']} of switchkit {ours.get('version')}; "
+            f"{told} has format {ours['format_version']} of switchkit {ours.get('version')}; "
             f"this one reads up to {FORMAT_VERSION}: upgrade switchkit"
         )
-    return content
 
 
 def check_classes(*described: Any) -> None:

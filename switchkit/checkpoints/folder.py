@@ -58,7 +58,7 @@ def _write(content: dict[str, Any], target: Path) -> None:
     _wait()
 
 
-def read_folder(path: Path, targets: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def read_folder(path: Path, targets: Mapping[str, Tensor] | None = None, *, ours: bool = True) -> dict[str, Any]:
     """The content of a sharded checkpoint, whatever layout wrote it; nothing is read before its digest was found right.
 
     Args:
@@ -66,13 +66,14 @@ def read_folder(path: Path, targets: Mapping[str, Tensor] | None = None) -> dict
         targets: what to fill, by all processes together: parameters as ``model/NAME``, and as ``optimizer/I/NUMBER``
             what its state is shaped like; without a target a tensor is left out. None: whole tensors, read by this
             process alone.
+        ours: only one that a `LanguageModule` wrote.
 
     Raises:
         ValueError: a damaged folder, or one that switchkit did not write.
     """
     alone = not targets
     shards.check(path, alone=alone)
-    content = content_of(path / META, path)
+    content = content_of(path / META, path, ours=ours)
     if targets is not None and not targets:
         return content
     filled: dict[str, Tensor] = {}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+import torch
 
 from switchkit.checkpoints.content import check_classes, content_of
 from switchkit.checkpoints.folder import read_folder
 from switchkit.parallel import shards
 
-__all__ = ["intact", "last", "read", "read_settings"]
+__all__ = ["callback_state", "intact", "last", "read", "read_settings"]
 
 ARCHIVE = b"PK\x03\x04"
 """How a file of torch.save begins."""
@@ -19,8 +22,10 @@ FOLDER = "checkpoints"
 """A folder of this name holds the checkpoints of one run."""
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a switchkit checkpoint, on the CPU, without running anything that the file says.
+def read(path: str | os.PathLike[str], *, ours: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, without running anything that the file says.
+
+    Without `ours` it may be that of any LightningModule.
 
     Raises:
         ValueError: no such file, a truncated or damaged one, one that holds more than plain data, one that switchkit
@@ -28,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return read_folder(path)
+        return read_folder(path, ours=ours)
     if not path.is_file():
         raise ValueError(
             f"there is no checkpoint {path}: give a file, or 'last' for the newest one below the run folder"
@@ -41,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint, but a file of another kind: give the .ckpt file of a run")
     if not intact(path):
         raise ValueError(f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged{_instead(path)}")
-    return content_of(path, path)
+    return content_of(path, path, ours=ours)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -63,6 +68,20 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         "resume": ours.get("resume"),
         "step": content.get("global_step", 0),
     }
+
+
+def callback_state(path: str | os.PathLike[str], key: str) -> Any:
+    """What a callback saved in a checkpoint, without reading its weights; None: nothing, or it cannot be read."""
+    path = Path(path)
+    try:
+        content = (
+            read_folder(path, {}, ours=False)
+            if path.is_dir()
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
+        return content["callbacks"].get(key)
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, UnpicklingError):
+        return None
 
 
 def intact(path: str | os.PathLike[str]) -> bool:

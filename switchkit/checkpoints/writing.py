@@ -56,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         self.wait()
-        return read(path)
+        return read(path, ours=False)
 
     def teardown(self) -> None:
         self.wait()

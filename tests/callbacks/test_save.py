@@ -6,13 +6,15 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
 from small import data, module, trainer
 
 from switchkit import checkpoints
-from switchkit.callbacks import SaveBest, SaveLast
+from switchkit.callbacks import SaveBest, SaveLast, defaults
+from switchkit.checkpoints import AtomicCheckpointIO, read
 
 
 def step_of(path: Path) -> int:
@@ -117,3 +119,47 @@ def test_fast_dev_run_saves_nothing(tmp_path: Path) -> None:
 def test_bad_interval() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be at least 1; got 0"):
         SaveLast(0)
+
+
+class Told(L.Callback):
+    """Validation values that are known beforehand, by step."""
+
+    values: ClassVar[dict[int, float]] = {7: 2.2, 14: 2.0, 21: 2.1, 28: 2.15}
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            module.log("val/told", self.values[trainer.global_step])
+
+
+def test_the_best_of_the_step_that_a_run_stopped_at_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last.ckpt of step 14 is saved before the validation there, and best.ckpt after it."""
+    source = data(tmp_path)
+    monkeypatch.setattr("small.SaveBest", lambda: SaveBest("val/told"))
+    # What Lightning calls first logs first.
+    trainer(tmp_path, Told(), steps=14, every=7).fit(module(source), source)
+    first = tmp_path / "version_0/checkpoints"
+    loop = trainer(tmp_path, Told(), steps=28, every=7)
+    loop.fit(module(source), source, ckpt_path=str(first / "last.ckpt"))
+    best = next(c for c in loop.callbacks if isinstance(c, SaveBest))
+    assert (best.path, best.value) == (first / "best.ckpt", 2.0)
+    assert not (tmp_path / "version_1/checkpoints/best.ckpt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*first checkpoint callback:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was called without a model:UserWarning")
+def test_lightning_finds_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = data(tmp_path), module(data(tmp_path))
+    loop = L.Trainer(
+        default_root_dir=tmp_path, callbacks=defaults(), max_steps=8, val_check_interval=4, accelerator="cpu",
+        logger=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
+    )  # fmt: skip
+    loop.fit(model, source)
+    (best,) = (c for c in loop.callbacks if isinstance(c, SaveBest))
+    used: list[object] = []
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", lambda io, path, **_: used.append(path) or read(path))
+    (found,) = loop.validate(model, source, ckpt_path="best", verbose=False)
+    assert found["val/loss"] == pytest.approx(best.value)
+    assert loop.test(datamodule=source, verbose=False)
+    assert used == [str(best.path)] * 2
