@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from io import StringIO
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from switchkit import (
     TopK,
 )
 from switchkit.report import count
-from switchkit.report.tables import loads, model_table
+from switchkit.report.tables import console, loads, model_table, rows_table
 from switchkit.report.twins import twin_rows
 
 CONTEXT = 8
@@ -71,3 +72,11 @@ def test_load_bars() -> None:
 def test_einsum_counts_no_rows_twice() -> None:
     """The closed form does not depend on the dispatcher."""
     assert count(decoder(moe=partial(MoELayer, dispatcher=Einsum)), CONTEXT) == count(decoder(), CONTEXT)
+
+
+def test_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "runs[lr=0.1]/a :x: b.txt"
+    out = console()
+    out.print(rows_table(path, [("data", path)]))
+    out.print(path, highlight=False)
+    assert capsys.readouterr().out.count(path) == 3

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         peers=options.peers,
         compile=options.compile,
     )
-    out = Console(quiet=True) if to_output else console()
+    out = Console(quiet=True) if to_output else console(markup=True)
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with _threads(options.threads), on_device, warnings.catch_warnings():
         # Of torch, where a first product runs in the backward pass, and about what compiled contestants could round.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -81,10 +81,18 @@ class TrainingBar(ProgressBar):
         if self._tokens and trainer.state.fn == "fit":
             self._seconds += time.perf_counter() - self._moment
         if trainer.state.fn != "fit":
-            self._open("evaluating", int(self.total_val_batches))
+            self._evaluate(trainer.num_val_batches)
 
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluate(trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluate(trainer.num_predict_batches)
+
+    def _evaluate(self, batches: Sequence[int | float]) -> None:
+        """`batches`: of each loader; infinity where it has no length."""
+        total = sum(batches)
+        self._open("evaluating", None if math.isinf(total) else int(total))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._moment = time.perf_counter()

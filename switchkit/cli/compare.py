@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from switchkit import __version__
@@ -52,7 +52,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     seeds = asked.seeds or definition.seeds or 3
     folder = Folder(Path(asked.out or f"runs/compare/{definition.name}"))
     before = folder.found()
-    again = f"switchkit compare {' '.join(argv)}"
+    again = f"switchkit compare {shlex.join(argv)}"
     try:
         with stops_cleanly():
             failed = _compare(definition, budget, seeds, folder, before, asked, edits, plugins)
@@ -216,8 +216,8 @@ def _notes(
 
 
 def _tell(out: Any, results: Sequence[Result], twin: str, path: Path) -> None:
-    # A file has no width of its own, and a table that is cut says nothing.
-    out = out if out.is_terminal else Console(width=170)
+    # A table that is cut says nothing.
+    out = console(170)
     table = Table(title="Result", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ class Conversion:
             path = checkpoints.last(Path(options.default_root_dir).expanduser())
         if (path / "config.json").is_file():
             raise UserError(
-                f"{path} is a folder of Hugging Face's: make a checkpoint of it first, with switchkit import-hf {path} "
-                "--out model.ckpt"
+                f"{path} is a folder of Hugging Face's: make a checkpoint of it first, with switchkit import-hf "
+                f"{shlex.quote(str(path))} --out model.ckpt"
             )
         module = open_checkpoint(path)
         settings = checkpoints.read_settings(path)
@@ -59,7 +60,7 @@ class Conversion:
     def go_on(self) -> str:
         """The command that trains what was made, on the data that the checkpoint belongs to."""
         data = "" if self.data is not None else " --data TextData --data.path FILE"
-        return f"switchkit fit --ckpt_path {self.out}{data} --trainer.max_steps 1000"
+        return f"switchkit fit --ckpt_path {shlex.quote(str(self.out))}{data} --trainer.max_steps 1000"
 
     def save(self, module: LanguageModule) -> None:
         """Write a model with the tokenizer, the data settings and the source of the one that was read."""

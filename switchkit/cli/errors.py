@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,8 +68,8 @@ def _go_on(path: Path | None) -> str:
     if path is None:
         return "there was nothing to save yet"
     config = path.parent.parent / "config.yaml"
-    given = f" --config {config}" if config.is_file() else ""
-    return f"go on with: switchkit fit{given} --ckpt_path {path}"
+    given = f" --config {shlex.quote(str(config))}" if config.is_file() else ""
+    return f"go on with: switchkit fit{given} --ckpt_path {shlex.quote(str(path))}"
 
 
 def first_process() -> bool:

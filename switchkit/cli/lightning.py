@@ -235,7 +235,7 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.get("ckpt_path") is not None:
             from switchkit import report
 
-            if first_process():
+            if first_process() and isinstance(self.model, LanguageModule):
                 report.checkpoint_line(self.settings.ckpt_path)
         elif self.command != "fit" and first_process():
             print(

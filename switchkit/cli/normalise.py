@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class Source:
 
     def where(self, key: str) -> str:
         return f"{self.label}: {key}" if self.label else f"--{key}"
+
+    def without(self, key: str) -> Source:
+        """The same, but for what it says of a key at the top."""
+        kept = {name: value for name, value in self.values.items() if name != key}
+        return replace(self, values=Edit(kept) if self.typed else kept)
 
 
 def edit(key: str, value: str, label: str = "") -> Source:

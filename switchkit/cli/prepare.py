@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -48,7 +49,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(
         f"switchkit: {options.out}: {index.tokens:,} tokens of {index.vocab_size:,} ids ({index.dtype}), "
         f"{index.train_tokens:,} to train on and {index.tokens - index.train_tokens:,} held out, in "
-        f"{len(index.shards)} file{'s' if len(index.shards) > 1 else ''}; train on it with --data.path {options.out}",
+        f"{len(index.shards)} file{'s' if len(index.shards) > 1 else ''}; train on it with --data.path "
+        f"{shlex.quote(str(options.out))}",
         file=sys.stderr,
     )
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.reading import stops_cleanly
@@ -61,7 +61,7 @@ def prepare_teacher(options: Namespace) -> int:
     print(
         f"switchkit: {options.out}: {index.k} of {index.vocab_size:,} symbols for each of {index.tokens:,} tokens in "
         f"{index.examples:,} examples, {size / 2**20:,.1f} MiB; learn from it with --config distill "
-        f"--model.teacher {Path(options.out)}{at}",
+        f"--model.teacher {shlex.quote(str(options.out))}{at}",
         file=sys.stderr,
     )
     return 0

@@ -42,8 +42,10 @@ def check_prompts(options: Namespace) -> None:
         )
     if options.prompt == "":
         raise UserError("--prompt is empty: give at least one character to continue")
-    if options.prompt_file not in (None, "-") and not Path(options.prompt_file).is_file():
-        path = Path(options.prompt_file)
+    if options.prompt_file in (None, "-"):
+        return
+    path = Path(options.prompt_file).expanduser()
+    if path.is_dir() or not path.exists():  # a pipe is no file, and can be read
         if path.is_dir():
             raise UserError(f"--prompt_file {path} is a folder: name a text file in it")
         beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
@@ -60,7 +62,7 @@ def read_prompts(options: Namespace) -> Iterable[Prompt]:
         return [Prompt(options.prompt, "--prompt")]
     if options.prompt_file == "-":
         return _lines(sys.stdin.buffer, "stdin")
-    with Path(options.prompt_file).open("rb") as file:
+    with Path(options.prompt_file).expanduser().open("rb") as file:
         return list(_lines(file, options.prompt_file))
 
 

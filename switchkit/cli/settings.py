@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -21,6 +20,7 @@ from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
 from switchkit.cli.teacher import distils, teacher_of, teacher_settings
+from switchkit.module import LanguageModule
 
 __all__ = ["METHODS", "compose", "gather", "merge_all", "root_parameters"]
 
@@ -49,11 +49,11 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
     tokenizer = None
     # A checkpoint causes no import. What the recipes name is imported by this, and then found by it.
     partial = _tolerant(sources, command)
-    if path is not None:
+    if path is not None and not _of_another_kind(partial):
         checkpoint, tokenizer = read_checkpoint(path, resume=command == "fit" and resumed is not None)
         if command != "fit" and distils(partial):
             # What learned is in the checkpoint: from whom, evaluation need not know.
-            sources = [replace(s, values={k: v for k, v in s.values.items() if k != "model"}) for s in sources]
+            sources = [source.without("model") for source in sources]
         sources = [checkpoint, *sources]
         partial = _tolerant(sources, command)
     if distils(partial):
@@ -157,6 +157,12 @@ def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:
     return tree
 
 
+def _of_another_kind(tree: Mapping[str, Any]) -> bool:
+    """Whether the model is a LightningModule without our settings in its checkpoints."""
+    target = target_of(tree["model"]) if tree.get("model") else None
+    return isinstance(target, type) and not issubclass(target, LanguageModule)
+
+
 def root_parameters(command: str) -> dict[str, Parameter]:
     """The keys that a configuration of `command` may have at its top, `trainer` aside."""
     method = signature_of(getattr(Trainer, command)).parameters
@@ -247,7 +253,7 @@ def _check(tree: dict[str, Any], command: str, empty: Sequence[str]) -> None:
         require((tree.get("trainer") or {}).get(name), parameter.hint, f"trainer.{name}")
     check_ranges(tree)
     if tree.get("out") is not None:
-        new_file(tree["out"], makes_folder=True)
+        tree["out"] = str(new_file(tree["out"], makes_folder=True))
 
 
 def _import_public() -> None:

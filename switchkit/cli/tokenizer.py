@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     recipe = f"{{class_path: FileTokenizer, init_args: {{path: {options.out}}}}}"
     print(
         f"switchkit: {options.out}: {found.vocab_size:,} ids{fewer}; use it with switchkit prepare --tokenizer "
-        f"{options.out}, or in a recipe as data.init_args.tokenizer: {recipe}",
+        f"{shlex.quote(str(options.out))}, or in a recipe as data.init_args.tokenizer: {recipe}",
         file=sys.stderr,
     )
     return 0

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from switchkit import __version__
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
@@ -21,6 +19,7 @@ from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.registry import name_of
 from switchkit.report import context_of
+from switchkit.report.tables import console
 from switchkit.report.twins import both, both_table
 from switchkit.twins import Match, dense_spec, net_of
 
@@ -43,7 +42,7 @@ def write(argv: Sequence[str], match: Match, out: Path | None) -> int:
         UserError, ValueError: a file that exists, settings that are wrong, a model without a twin.
     """
     if out is not None:
-        new_file(str(out))
+        out = new_file(str(out))
     cli = ModelOnly(argv)
     if cli.arguments.print_config is not None:
         return 0
@@ -51,8 +50,7 @@ def write(argv: Sequence[str], match: Match, out: Path | None) -> int:
     net, context = cli.model.net, context_of(cli)
     rows = both(net, net_of(recipe["model"], net.vocab_size), context)
     text = "\n".join([*_header(argv, match, rows, context, left_out), dump_yaml(recipe)])
-    shown = Console(stderr=True)
-    (shown if shown.is_terminal else Console(stderr=True, width=110)).print(both_table(rows))
+    console(stderr=True).print(both_table(rows))
     if out is None:
         sys.stdout.write(text)
         return 0

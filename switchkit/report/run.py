@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
 from switchkit.checkpoints import read, read_settings
+from switchkit.module import LanguageModule
 from switchkit.report.began import Began, ended
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import (
@@ -77,13 +81,18 @@ def closing(cli: Any) -> None:
         return
     wall = time.perf_counter() - cli.started
     best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
-    if best is not None:
-        module.load_state_dict(read(best)["state_dict"])
     for bar in trainer.callbacks:
         if hasattr(bar, "disable"):
             bar.disable()
-    # With limit_val_batches 0 there is nothing to evaluate on.
-    found = (trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0]
+    if not isinstance(cli.model, LanguageModule):
+        if trainer.is_global_zero:
+            console().print(rows_table("Result", _of_another_kind(trainer, wall, best or last)))
+        return
+    if best is not None:
+        module.load_state_dict(read(best)["state_dict"])
+    # With limit_val_batches 0 there is nothing to evaluate on, and data of one's own may have none.
+    evaluates = is_overridden("val_dataloader", cli.datamodule) or is_overridden("val_dataloader", module)
+    found = (trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0] if evaluates else {}
     written = None if module.tokenizer is None else sample(module, cli.datamodule)
     config = _config(trainer)
     if not trainer.is_global_zero:
@@ -113,18 +122,29 @@ def closing(cli: Any) -> None:
     out.print(rows_table(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))
     shown = best or last
     if shown is not None:
+        on = f"--ckpt_path {shlex.quote(str(last or shown))} --trainer.max_steps {2 * trainer.global_step}"
         names = cli.settings.get("plugins")
         plugins = f" --plugins {shlex.join(names)}" if names else ""
         out.print("Next:", style="bold")
         for line in (
             command(module, cli.datamodule, shown, written) + plugins,
-            f"switchkit test --ckpt_path {shown}{plugins}",
-            f"switchkit fit{config} --ckpt_path {last or shown} --trainer.max_steps {2 * trainer.global_step}",
+            f"switchkit test --ckpt_path {shlex.quote(str(shown))}{plugins}",
+            f"switchkit fit{config} {on}",
         ):
             out.print(f"  {line}", soft_wrap=True, highlight=False)
     if written is not None:
         out.print("Sample:", style="bold")
-        out.print(written, highlight=False, markup=False)
+        out.print(written, highlight=False)
+
+
+def _of_another_kind(trainer: Any, wall: float, saved: Path | None) -> list[tuple[str, str]]:
+    """What is known of the run of a LightningModule that is none of ours: what it logged last."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return [
+        *((name, f"{value:.6g}") for name, value in logged.items()),
+        ("wall time", f"{wall:.0f} s"),
+        ("checkpoint", str(saved or "none was saved")),
+    ]
 
 
 def predicted(cli: Any) -> None:
@@ -162,9 +182,10 @@ def part_of(count: int | None) -> str:
 
 
 def _batches(trainer: Any) -> int | None:
-    """How many batches of the held-out data the last evaluation read; null: all."""
+    """How many batches of the held-out data the last evaluation read; null: all, or all of what has no length."""
     loader, most = trainer.validate_loop._combined_loader.flattened[0], trainer.validate_loop.max_batches[0]
-    return int(most) if most < len(loader) else None
+    total = sized_len(loader)
+    return int(most) if most < (math.inf if total is None else total) else None
 
 
 def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
@@ -176,7 +197,7 @@ def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
 def _config(trainer: Any) -> str:
     """The option that names the saved settings of a run."""
     path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
-    return f" --config {path}" if path.is_file() else ""
+    return f" --config {shlex.quote(str(path))}" if path.is_file() else ""
 
 
 def _speed(cli: Any, wall: float) -> float | None:

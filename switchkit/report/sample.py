@@ -33,7 +33,8 @@ def command(module: Any, data: Any, checkpoint: object, written: str | None) -> 
         # Its end, in one line: a window of a text is long.
         prompt = " ".join(source.text[-100:].split())
         more = "" if source.language is None else f" --language {source.language}"
-    return f"switchkit generate --ckpt_path {checkpoint} --prompt {shlex.quote(prompt)}{more} --max_new_tokens 200"
+    named = f"--ckpt_path {shlex.quote(str(checkpoint))} --prompt {shlex.quote(prompt)}"
+    return f"switchkit generate {named}{more} --max_new_tokens 200"
 
 
 def _prompt(tokenizer: Any, written: str | None) -> str:
@@ -43,7 +44,8 @@ def _prompt(tokenizer: Any, written: str | None) -> str:
         if tokenizer is not None:
             tokenizer.encode(prompt)
     except ValueError:
-        return " ".join((written or "").split())[:24]
+        # A line of it: its vocabulary may have no space to put in a line end's place.
+        return (written or "").strip().partition("\n")[0][:24].strip()
     return prompt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import platform
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -104,10 +105,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"
 
 
-def console() -> Console:
-    """Where tables go: at least 100 columns wide when the output is a file."""
-    made = Console()
-    return made if made.is_terminal else Console(width=110)
+def console(width: int = 110, *, markup: bool = False, stderr: bool = False) -> Console:
+    """Where tables go: so wide when the output is a file, which has no width of its own.
+
+    Text is shown as it is, brackets and colons of a path included, unless it is ours and has `markup`.
+    """
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(width=None if terminal else width, markup=markup, emoji=False, stderr=stderr)
 
 
 def _flops(sizes: Counts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_a_file_of_prompts(letters, run):
     out = generate(run, "--prompt_file", "prompts.txt", "--temperature", "0")
     alone = [generate(run, "--prompt", text, "--temperature", "0") for text in ("abc", "d e f", " gh")]
     assert out == f"{'-' * 20}\n".join(alone)
+
+
+def test_prompts_from_a_pipe_with_a_name(letters, run):
+    read, write = os.pipe()
+    os.write(write, b"abc\n")
+    os.close(write)
+    out = generate(run, "--prompt_file", f"/dev/fd/{read}", "--temperature", "0")
+    os.close(read)
+    assert out == generate(run, "--prompt", "abc", "--temperature", "0")
 
 
 def test_each_prompt_has_draws_of_its_own(letters, run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,31 @@ def test_a_whole_number_stays_one():
         cli = build([*SMALL, "--trainer.limit_val_batches", given])
         assert type(cli.settings.trainer.limit_val_batches) is kind
         assert type(cli.trainer.limit_val_batches) is kind
+
+
+def test_the_commands_to_go_on_with_run_as_they_are_printed(run, folder):
+    """From a folder whose name a shell would take apart and rich would colour, on a text without spaces."""
+    Path("text.txt").write_text("天地玄黃宇宙洪荒\n日月盈昃辰宿列張\n" * 60)
+    code, out, err = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "my runs[lr=0.1]")
+    assert code == 0, err
+    lines = [line.strip() for line in out.splitlines() if line.startswith("  switchkit ")]
+    assert len(lines) == 3
+    assert "my runs[lr=0.1]/version_0/checkpoints/" in out
+    for line in lines:
+        code, _, err = run(*shlex.split(line)[1:])
+        assert code == 0, err
+
+
+def test_predictions_at_home(run, folder, monkeypatch):
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert run("predict", "-c", "small.yaml", "--out=~/new/p.jsonl")[0] == 0
+    assert (home / "new/p.jsonl").is_file()
+    assert run("describe", "-c", "small.yaml", "--twin", "flops", "--out=~/t.yaml")[0] == 0
+    written = (home / "t.yaml").read_text()
+    code, _, err = run("describe", "-c", "small.yaml", "--twin", "params", "--out=~/t.yaml")
+    assert code == 2
+    assert "is there already" in err
+    assert (home / "t.yaml").read_text() == written
+    assert not Path("~").exists()
