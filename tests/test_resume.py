@@ -67,6 +67,19 @@ def test_signal_stops_between_steps_and_resumes_bit_identical(tmp_path: Path, nu
     assert torch.equal(weights(fit(tmp_path / "b", resume=True, **options)), uninterrupted)
 
 
+def test_a_signal_in_the_last_validation_stops_there(tmp_path: Path) -> None:
+    """After the last step nothing looks between two steps."""
+
+    class InValidation(L.Callback):
+        def on_validation_batch_end(self, *rest: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path, InValidation(), steps=7, num_sanity_val_steps=0, limit_val_batches=1)
+    assert (stopped.value.code, stopped.value.step) == (143, 7)
+    assert checkpoints.read_settings(stopped.value.path)["step"] == 7
+
+
 def test_without_the_random_state_the_weights_differ(
     whole: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ class TrainingBar(ProgressBar):
         if refresh_rate < 1:
             raise ValueError(f"refresh_rate must be at least 1; got {refresh_rate}")
         self.refresh_rate = refresh_rate
-        self._console = Console()
+        self._console = Console(emoji=False)
         self._bar: Progress | None = None
         self._shown: dict[str, str] = {}
         self._enabled = True
@@ -101,7 +101,7 @@ class TrainingBar(ProgressBar):
             return
         # The loss first, then the bits, then whatever else the bar showed.
         self._shown = {"loss": "-", "val bits": "", **self._shown} | {"val bits": f"{float(bits):.3f}"}
-        if trainer.state.fn == "fit" and self._enabled and not self._console.is_terminal:
+        if trainer.state.fn == "fit" and self._enabled and not self._console.is_interactive:
             values = "  ".join(f"{name} {value}" for name, value in self._shown.items())
             self._console.print(f"step {trainer.global_step:>6}  {values}", highlight=False, soft_wrap=True)
         self._update(trainer.global_step)
@@ -125,7 +125,7 @@ class TrainingBar(ProgressBar):
 
     def _open(self, what: str, total: int | None, done: int = 0) -> None:
         self._close()
-        if not (self._enabled and self._console.is_terminal):
+        if not (self._enabled and self._console.is_interactive):
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("<"), TimeRemainingColumn())  # fmt: skip

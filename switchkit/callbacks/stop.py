@@ -79,6 +79,13 @@ class CleanStop(L.Callback):
         if trainer.global_step == self._step:
             return  # In the middle of gradient accumulation: half a step could not be resumed.
         self._step = trainer.global_step
+        self._stop_if_told(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Told in the validation after the last step: what comes after training is not begun.
+        self._stop_if_told(trainer, pl_module)
+
+    def _stop_if_told(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         told = self._number is not None or trainer.received_sigterm
         if not trainer.strategy.reduce_boolean_decision(told, all=False):
             return

@@ -75,7 +75,7 @@ class Translations(L.Callback):
         self.found: list[Translation] = []
         """Of the last evaluation."""
         self._printed: list[Translation] = []
-        self._console = Console()
+        self._console = Console(emoji=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         tokenizer = getattr(pl_module, "tokenizer", None)

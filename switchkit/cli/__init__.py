@@ -5,11 +5,13 @@ Nothing here imports torch, so that ``--help`` and mistyped commands answer at o
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from switchkit.cli.errors import UserError, exit_code, near, one_line
 
@@ -61,11 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("SWITCHKIT_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if os.getcwd() not in sys.path:
-        # Appended, not inserted: a data.py in the working directory must not hide a package of that name.
-        sys.path.append(os.getcwd())
+    if sys.stdout is not None and (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
+        # A bar that the encoding lacks is no reason to lose what a run has to say.
+        getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")
     try:
-        return _dispatch(arguments)
+        _import_from_here()
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to do if it fails
+        return code
     except KeyboardInterrupt:
         print("switchkit: interrupted", file=sys.stderr)
         return 130
@@ -73,16 +79,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(exit)
     except BrokenPipeError:
         # The reader of our output went away (`switchkit list | head`); keep Python from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
         line = one_line(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()
         if line is None:
             raise
         if debug:
             traceback.print_exc()
         print(f"switchkit: error: {line}", file=sys.stderr)
         return 2
+
+
+def _import_from_here() -> None:
+    """Find modules in the working directory too."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working directory was removed: change to one that is there") from None
+    if here not in sys.path:
+        # Appended, not inserted: a data.py in the working directory must not hide a package of that name.
+        sys.path.append(here)
+
+
+def _drop_output() -> None:
+    """What is not written yet goes nowhere, so that Python does not try again when it ends."""
+    with suppress(OSError, ValueError):  # of a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

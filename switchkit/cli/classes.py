@@ -35,7 +35,7 @@ def find_class(name: str, place: Place, where: str) -> Any:
         other = registry.resolve(name)
         if other is not None:
             raise UserError(
-                f"{where}: {name!r} is a {_kind(other)}, not a {place.word}. Accepted: {_names(table, place)}"
+                f"{where}: {name!r} is {_one(_kind(other))}, not {_one(place.word)}. Accepted: {_names(table, place)}"
             )
         raise UserError(
             f"{where}: unknown {place.word} {name!r}{near(name, [*table, *_short_names(place)])} "
@@ -95,7 +95,9 @@ def _check(found: Any, name: str, place: Place, table: dict[str, type], where: s
     calls = place.factory and registry.full_path(found) not in map(registry.full_path, _parts().values())
     calls = calls and any("__call__" in vars(c) for c in found.__mro__ if c.__module__.partition(".")[0] != "torch")
     if not fits and not calls:
-        raise UserError(f"{where}: {name} is not a {place.word}: it must be a subclass of {place.bases[0].__name__}")
+        raise UserError(
+            f"{where}: {name} is not {_one(place.word)}: it must be a subclass of {place.bases[0].__name__}"
+        )
     if inspect.isabstract(found) or any(_left_open(found, base) for base in place.bases):
         raise UserError(
             f"{where}: {name} is an abstract base; name one of its subclasses: {_names(table, place) or 'your own'}"
@@ -135,6 +137,10 @@ def _parts() -> dict[str, type]:
 
 def _kind(cls: type) -> str:
     return next((word(kind) for kind in _kinds() if issubclass(cls, kind)), "part")
+
+
+def _one(word: str) -> str:
+    return word if word == "experts" else f"a {word}"
 
 
 def _public(name: str, place: Place) -> Any:

@@ -61,9 +61,10 @@ def run(command: str, argv: Sequence[str]) -> int:
             told = vars(stop)
             print(f"switchkit: stopped by {told['signal']} after step {told['step']} of a run", file=sys.stderr)
         print(f"switchkit: what is finished is in {folder.path}; go on with: {again}", file=sys.stderr)
-        return (
-            130 if isinstance(stop, KeyboardInterrupt) else stop.code if isinstance(stop.code, int) else exit_code(stop)
-        )
+        # Lightning makes an exit with 1 of a Ctrl-C in an evaluation.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        return stop.code if isinstance(stop.code, int) else exit_code(stop)
     if failed:
         named = ", ".join(f"{result.run} of seed {result.seed}" for result in failed)
         print(

@@ -29,6 +29,7 @@ class Conversion:
     module: LanguageModule
     data: dict[str, Any] | None
     source: dict[str, Any] | None
+    plugins: Sequence[str] = ()
 
     @classmethod
     def begin(cls, options: Namespace) -> Conversion:
@@ -54,13 +55,14 @@ class Conversion:
             )
         module = open_checkpoint(path)
         settings = checkpoints.read_settings(path)
-        return cls(path, out, module, settings["data"], settings["source"])
+        return cls(path, out, module, settings["data"], settings["source"], options.plugins or ())
 
     @property
     def go_on(self) -> str:
         """The command that trains what was made, on the data that the checkpoint belongs to."""
         data = "" if self.data is not None else " --data TextData --data.path FILE"
-        return f"switchkit fit --ckpt_path {shlex.quote(str(self.out))}{data} --trainer.max_steps 1000"
+        plugins = f" --plugins {shlex.join(self.plugins)}" if self.plugins else ""
+        return f"switchkit fit --ckpt_path {shlex.quote(str(self.out))}{data}{plugins} --trainer.max_steps 1000"
 
     def save(self, module: LanguageModule) -> None:
         """Write a model with the tokenizer, the data settings and the source of the one that was read."""

@@ -26,8 +26,8 @@ def one_line(error: BaseException) -> str | None:
     """The error as one line, or None if it is not known to be the user's and must keep its traceback.
 
     Known are `UserError`, a ValueError that a switchkit module raised itself, an OSError of a file that a switchkit
-    module asked the standard library for, a full disk, whoever writes, and what Lightning or a callback of its own
-    refuses, such as to monitor a metric that nobody logs.
+    module asked the standard library for, a full disk, whoever writes, and what Lightning, its loops or a callback of
+    its own refuse, such as to monitor a metric that nobody logs.
     """
     if isinstance(error, OSError):
         full = error.errno in _FULL
@@ -36,6 +36,8 @@ def one_line(error: BaseException) -> str | None:
         reason = (error.strerror or str(error)) + (": free some, or write to another disk" if full else "")
         return _flat(f"{error.filename}: {reason}" if error.filename is not None else reason)
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
+        return _flat(str(error))
+    if isinstance(error, ValueError) and _raised_by_loops(error.__traceback__):
         return _flat(str(error))
     # By its name: nothing here imports Lightning.
     refused = type(error).__name__ == "MisconfigurationException"
@@ -104,6 +106,11 @@ def _flat(text: str) -> str:
 def _raised_by_callback(trace: TracebackType | None) -> bool:
     """Whether a callback that comes with Lightning raised an error itself."""
     return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", "callbacks")
+
+
+def _raised_by_loops(trace: TracebackType | None) -> bool:
+    """Whether a loop of Lightning's refused the data, such as fewer batches than ``val_check_interval``."""
+    return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", "loops")
 
 
 def _files(trace: TracebackType | None) -> list[str]:

@@ -78,7 +78,7 @@ def _answered(
 
     told: set[str] = set()
     first = 0
-    while batch := list(islice(jobs, options.batch_size)):
+    while batch := list(islice(jobs, min(options.batch_size, sys.maxsize))):
         prompts = [ids for _, ids in batch]
         why = None if len(batch) == 1 else one_at_a_time(module.net, prompts, options.max_new_tokens)
         if why is not None and why not in told:

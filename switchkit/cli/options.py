@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
 
-__all__ = ["OptionParser", "json_file", "new_file", "number"]
+__all__ = ["OptionParser", "check_place", "json_file", "new_file", "number"]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -21,6 +23,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"switchkit {command}", description=description, allow_abbrev=False)
+        self._given: list[str] = []
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options of `argv`.
@@ -28,7 +31,9 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown option, a missing or unfit value.
         """
-        found, unknown = super().parse_known_args(list(argv))
+        self._given = list(argv)
+        # Intermixed: words of one list may have an option between them.
+        found, unknown = super().parse_known_intermixed_args(self._given)
         if unknown and not unknown[0].startswith("-"):
             raise UserError(f"{self.prog}: {unknown[0]!r} belongs to no option, and is one word too many")
         if unknown:
@@ -39,7 +44,12 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`."""
-        raise UserError(f"{self.prog}: {re.sub(r'^argument ', '', message)}")
+        told = re.sub(r"^argument ", "", message)
+        option = told.removesuffix(": expected one argument")
+        after = [value for name, value in pairwise(self._given) if name == option and value[:1] == "-"]
+        if option != told and after:
+            told += f"; a value that begins with - is written {option}={shlex.quote(after[0])}"
+        raise UserError(f"{self.prog}: {told}")
 
 
 def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
@@ -75,6 +85,23 @@ def new_file(given: str, *, makes_folder: bool = False) -> Path:
         raise UserError(f"--out {given}: {str(folder)!r} is a file, and no folder: name another")
     _check_folder(folder / out.name, f"--out {given}")
     return out
+
+
+def check_place(given: str) -> None:
+    """Refuse an ``--out`` that cannot be written: no name, a folder, or one in a folder that cannot be written in.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not given.strip():
+        raise UserError("--out needs the name of a file")
+    out = Path(given).absolute()
+    if out.is_dir():
+        raise UserError(f"--out {given} is a folder: name a file in it")
+    there = next(path for path in out.parents if path.exists())
+    if there.is_file():
+        raise UserError(f"--out {given}: {str(there)!r} is a file, and no folder: name another")
+    _check_folder(there / out.name, f"--out {given}")
 
 
 def json_file(given: str) -> Path:

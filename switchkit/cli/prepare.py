@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, number
+from switchkit.cli.plugins import split_plugins
 from switchkit.cli.prepare_teacher import prepare_teacher
 from switchkit.cli.reading import Bar, bar, stops_cleanly
 
@@ -23,7 +24,9 @@ SHARD_TOKENS = 1 << 28
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the folder, and say what is in it."""
-    options = _parser(command).parse(argv)
+    rest, plugins = split_plugins(argv)
+    options = _parser(command).parse(rest)
+    options.plugins = plugins or None
     _check(options)
     if options.teacher is not None:
         return prepare_teacher(options)
@@ -105,6 +108,7 @@ def _parser(command: str) -> OptionParser:
         metavar="N",
         help="ways in which each window with holes is read, for SpanData (default: 8, or those of its data.draws)",
     )
+    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
     return parser
 
@@ -112,7 +116,15 @@ def _parser(command: str) -> OptionParser:
 def _check(options: Namespace) -> None:
     """Fill in the defaults, and refuse options that belong to the other use."""
     texts = {"tokenizer": "characters", "shard_tokens": SHARD_TOKENS, "held_out": 0.1}
-    asked = {"k": None, "temperature": 1.0, "dtype": "float16", "stride": None, "draws": None, "device": None}
+    asked = {
+        "k": None,
+        "temperature": 1.0,
+        "dtype": "float16",
+        "stride": None,
+        "draws": None,
+        "device": None,
+        "plugins": None,
+    }
     own, other = (texts, asked) if options.teacher is None else (asked, texts)
     given = [name for name in other if getattr(options, name) is not None]
     if given:

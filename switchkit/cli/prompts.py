@@ -44,6 +44,8 @@ def check_prompts(options: Namespace) -> None:
         raise UserError("--prompt is empty: give at least one character to continue")
     if options.prompt_file in (None, "-"):
         return
+    if not options.prompt_file.strip():
+        raise UserError("--prompt_file needs the name of a file, or - for stdin")
     path = Path(options.prompt_file).expanduser()
     if path.is_dir() or not path.exists():  # a pipe is no file, and can be read
         if path.is_dir():

@@ -67,7 +67,9 @@ def check_run(tree: Mapping[str, Any], command: str) -> None:
         raise UserError(f"trainer.{limit} 0: {command} would read nothing: leave it out, or give a number above 0")
     root = trainer.get("default_root_dir", "runs")
     if isinstance(root, str) and "://" not in root:
-        there = next(folder for folder in (Path(root).absolute() / "_").parents if folder.is_dir())
+        there = next(path for path in (Path(root).absolute() / "_").parents if path.exists())
+        if not there.is_dir():
+            raise UserError(f"trainer.default_root_dir {root}: {there} is a file, and no folder: give another")
         if not os.access(there, os.W_OK):
             raise UserError(f"trainer.default_root_dir {root}: the folder {there} cannot be written in; give another")
 

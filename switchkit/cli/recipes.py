@@ -56,6 +56,8 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: neither exists.
     """
+    if not name.strip():
+        raise UserError(f"--config needs a file or the name of a recipe: {', '.join(recipes()) or 'none found'}")
     path = Path(name).expanduser()
     known = _packaged()
     recipe = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
@@ -66,8 +68,10 @@ def find_config(name: str) -> Path:
     if path.is_dir():
         saved = path.suffix == ".ckpt"
         raise UserError(f"--config {name}: {_IS_CHECKPOINT if saved else 'this is a folder; give a YAML file in it'}")
+    beside = [str(other) for suffix in ("yaml", "yml") for other in path.parent.glob(f"*.{suffix}")]
+    hint = next((hint for hint in (near(recipe, known), near(name, beside)) if hint != "."), ".")
     raise UserError(
-        f"--config {name}: there is no such file, nor a recipe of that name{near(recipe, known)} "
+        f"--config {name}: there is no such file, nor a recipe of that name{hint} "
         f"Recipes: {', '.join(recipes()) or 'none'}"
     )
 
@@ -100,8 +104,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it: ``1e-3`` is a number, a date is text. A key given twice is an error."""
-    return yaml.load(text, Loader=_Loader)
+    """YAML as jsonargparse reads it: ``1e-3`` is a number, a date and ``12:00:00`` are text.
+
+    Raises:
+        YAMLError: no YAML, or a key that is given twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # of a number such as 0x_, and of very many brackets
+        raise yaml.YAMLError(str(error)) from error
 
 
 def dump_yaml(values: Any) -> str:
@@ -123,15 +134,20 @@ class _Loader(yaml.SafeLoader):
 _FLOAT = (
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
 )
-# YAML 1.1, which PyYAML follows, takes 1e-3 for text.
+# YAML 1.1, which PyYAML follows, takes 1e-3 for text, and 12:00:00 for 43,200.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":timestamp", ":float"))]
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":timestamp", ":float", ":int"))]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(rf"^(?:{_FLOAT}|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 
 

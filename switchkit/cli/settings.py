@@ -199,6 +199,8 @@ def _merge_root(tree: Mapping[str, Any], source: Source, command: str) -> dict[s
 def _refuse(key: str, source: Source, known: list[str], command: str) -> None:
     if key in METHODS:
         raise UserError(f"{source.where(key)}: the settings of {key} stand at the top of the file, not below {key!r}")
+    if key in ("config", "print_config", "help"):
+        raise UserError(f"{source.where(key)} belongs to the command line alone: switchkit {command} --{key}")
     trainer = signature_of(Trainer).parameters
     sisters = [other for other in METHODS if key in root_parameters(other)]
     if sisters:

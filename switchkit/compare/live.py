@@ -29,7 +29,7 @@ class Board:
         self._console, self._total = console, len(runs)
         self._rows = {(name, seed): ["", f"0/{steps:,}", "", "", ""] for name, seed, steps in runs}
         self._steps = {(name, seed): steps for name, seed, steps in runs}
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
         self._ended = 0
         for result in results:
             self._put(result)

@@ -16,10 +16,11 @@ from small import data, module, trainer
 from switchkit.callbacks import TrainingBar
 
 
-def shown(folder: Path, terminal: bool, **more: Any) -> str:
+def shown(folder: Path, terminal: bool, dumb: bool = False, **more: Any) -> str:
     bar = TrainingBar(refresh_rate=1)
     out = io.StringIO()
-    bar._console = Console(file=out, force_terminal=terminal, width=80, no_color=True)
+    kind = {"TERM": "dumb"} if dumb else {}
+    bar._console = Console(file=out, force_terminal=terminal, width=80, no_color=True, _environ=kind)
     source = data(folder)
     trainer(folder, bar, steps=14, enable_progress_bar=True, **more).fit(module(source), source)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
@@ -47,8 +48,10 @@ def test_the_loss_is_that_of_a_whole_batch_when_gradients_are_accumulated(tmp_pa
     assert 2 * min(losses(accumulate_grad_batches=4)) > max(losses())
 
 
-def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path) -> None:
-    lines = shown(tmp_path, terminal=False).splitlines()
+@pytest.mark.parametrize("dumb", [False, True])
+def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path, dumb: bool) -> None:
+    """A terminal that cannot move its cursor is as good as none."""
+    lines = shown(tmp_path, terminal=dumb, dumb=dumb).splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "7"], ["step", "14"]]
     assert all(word in line for line in lines for word in ("loss", "val bits", "tokens/s", "imbalance", "dropped"))
 

@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from switchkit import ByteTokenizer, LanguageModule, checkpoints
+from switchkit import ByteTokenizer, LanguageModule, checkpoints, registry
 from switchkit.cli.lightning import build
 
 pytestmark = [
@@ -210,6 +211,31 @@ def test_words_on_another_text(taught, run):
     assert code == 0, err
     cli = build(["-c", "distill", "--model.teacher", "words"])
     assert (cli.datamodule.path, cli.datamodule.stride) == ("other.txt", 4)
+
+
+def test_words_of_a_teacher_with_a_part_of_ones_own(folder, once, run):
+    teacher = once("own", "--plugins", "mine", "--model.moe.router", "mine_top_k")
+    forget("mine")
+    argv = ("prepare", "--teacher", str(teacher), "--device", "cpu", "--out", "words")
+    code, _, err = run(*argv)
+    assert code == 2
+    assert "mine.MyTopK is needed" in err
+    code, _, err = run(*argv, "--plugins", "mine")
+    assert code == 0, err
+    forget("mine")
+    code, _, err = run(
+        "prune", str(teacher), "--keep", "2", "--batches", "1", "--out", "made.ckpt", "--plugins", "mine"
+    )
+    assert code == 0, err
+    assert "Go on with: switchkit fit --ckpt_path made.ckpt --plugins mine --trainer.max_steps" in " ".join(err.split())
+
+
+def forget(plugin: str) -> None:
+    """As a process would that has not imported it."""
+    module = sys.modules.pop(plugin, None)
+    for name, cls in list(registry._table.items()):
+        if cls.__module__ == plugin and module is not None:
+            del registry._table[name]
 
 
 @pytest.mark.parametrize(

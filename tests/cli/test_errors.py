@@ -13,6 +13,11 @@ MISTAKES = {
     # configurations
     "no model": (["fit"], ["no model is given", "--config NAME"]),
     "missing configuration": (["fit", "-c", "smal"], ["--config smal", "no such file", "Recipes:"]),
+    "nearly a file": (["fit", "-c", "smal.yaml"], ["--config smal.yaml", "Did you mean 'small.yaml'?"]),
+    "a configuration without a name": (["fit", "-c", ""], ["--config needs a file or the name of a recipe"]),
+    "no number": (["fit", "-c", "number.yaml"], ["number.yaml: not valid YAML: invalid literal for int()"]),
+    "very many brackets": (["fit", "-c", "deep.yaml"], ["deep.yaml: not valid YAML: maximum recursion depth"]),
+    "the command line's": (["fit", "-c", "config.yaml"], ["config.yaml: config belongs to the command line alone"]),
     "a folder": (["fit", "-c", "."], ["--config .", "folder"]),
     "not UTF-8": (["fit", "-c", "latin.yaml"], ["latin.yaml: not a UTF-8 text", "byte 5"]),
     "not YAML": (["fit", "-c", "broken.yaml"], ["broken.yaml, line 3, column 2: not valid YAML"]),
@@ -44,6 +49,7 @@ MISTAKES = {
         [*SMALL, "--model.moe.router", "tpo_k"],
         ["--model.moe.router: unknown router 'tpo_k'", "'top_k'?"],
     ),
+    "experts for a router": ([*SMALL, "--model.moe.router", "mixed"], ["'mixed' is experts, not a router"]),
     "wrong kind": ([*SMALL, "--model.moe.router", "balance"], ["'balance' is a loss, not a router", "top_k"]),
     "a loss among losses": (
         [*SMALL, "--model.losses", "[balanc]"],
@@ -144,6 +150,9 @@ FILES = {
     "broken.yaml": b"model:\n  a: [1, 2\nb: 3\n",
     "twice.yaml": b"model: {}\nmodel: {}\n",
     "list.yaml": b"- a\n",
+    "number.yaml": b"a: 0x_\n",
+    "deep.yaml": b"a: " + b"[" * 3000,
+    "config.yaml": b"config: small.yaml\n",
     "below.yaml": b"fit: {model: LanguageModule}\n",
     "key.yaml": b"modle: {}\n",
     "typo.yaml": b"model: {init_args: {moe: {init_args: {router: tpo_k}}}}\n",
@@ -194,6 +203,11 @@ BUILDS = {
     ),
     "no GPU": (["--trainer.accelerator", "tpu"], ["trainer: ", "torch_xla"]),
     "no strategy": (["--trainer.strategy", "foo"], ["--trainer.strategy: ", "'foo'", "expert_parallel"]),
+    "a run folder in a file": (["--trainer.default_root_dir", "text.txt/x"], ["text.txt is a file, and no folder"]),
+    "validation beyond the epoch": (
+        ["--trainer.val_check_interval", "100000", "--trainer.check_val_every_n_epoch", "1"],
+        ["`val_check_interval` (100000)", "check_val_every_n_epoch=None"],
+    ),
     "a callback's value": (
         ["--trainer.callbacks+", "{class_path: EarlyStopping, init_args: {monitor: a, mode: foo}}"],
         ["mode", "foo"],

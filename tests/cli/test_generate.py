@@ -269,6 +269,8 @@ def test_a_text_ends_where_an_imported_model_says(letters, run):
         (["--prompt_file", "prompts.txt"], "prompts.txt, line 2: the character 'x'"),
         (["--prompt", "a", "--num_beams", "2", "--top_k", "3"], "searches and draws nothing: leave out --top_k, or"),
         (["--prompt", "a", "--length_penalty", "1"], "--length_penalty 1 needs beam search: give --num_beams 4"),
+        (["--prompt_file", ""], "--prompt_file needs the name of a file, or - for stdin"),
+        (["--prompt", "-ab"], "expected one argument; a value that begins with - is written --prompt=-ab"),
         (["--prompt", "a", "--batch_size", "0"], "--batch_size: expected an integer of at least 1, got '0'"),
         (["--prompt", "a", "--num_beams", "0"], "--num_beams: expected an integer of at least 1, got '0'"),
         (["--prompt", "a", "--language", "de"], "--language de: this checkpoint was not trained to translate"),

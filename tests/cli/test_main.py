@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -115,6 +116,40 @@ def test_a_full_disk_is_one_line_whoever_writes(run, fails):
     assert run("bench") == (2, "", f"switchkit: error: {told}")
     fails(OSError(28, "No space left on device", "a.ckpt"))
     assert run("bench") == (2, "", f"switchkit: error: a.ckpt: {told}")
+
+
+def test_output_that_fails_at_the_end_is_told_too(folder):
+    """As a process: what is not written when it ends is Python's to write, and to fail with."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "switchkit", "--version"]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (found.returncode, found.stderr) == (
+        2,
+        "switchkit: error: No space left on device: free some, or write to another disk\n",
+    )
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_what_an_encoding_lacks_is_replaced(fails, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", lambda *_: print("load █▇"), raising=False)
+    assert main(["bench"]) == 0
+    assert written.getvalue() == b"load ??\n"
+
+
+def test_a_working_directory_that_was_removed(folder):
+    (folder / "gone").mkdir()
+    program = f"cd gone && rmdir ../gone && {sys.executable} -m switchkit --version"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(program, shell=True, capture_output=True, text=True, env=environment)
+    assert found.returncode == 2
+    assert "the working directory was removed: change to one that is there" in found.stderr
 
 
 class SIGTERMException(SystemExit):

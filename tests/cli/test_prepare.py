@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,14 @@ def test_a_recipe_trains_on_the_folder(run):
     )
     assert code == 0, err
     assert run("validate", "--ckpt_path", "last", "--trainer.enable_progress_bar", "false")[0] == 0
+
+
+def test_an_option_between_two_texts(run):
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(name * 50)
+    assert run("prepare", "a.txt", "--out", "tokens", "b.txt")[0] == 0
+    assert run("prepare", "--out", "same", "a.txt", "b.txt")[0] == 0
+    assert ShardCorpus("tokens").train[:].tolist() == ShardCorpus("same").train[:].tolist()
 
 
 def test_stdin_and_bytes(run, monkeypatch):

@@ -52,7 +52,8 @@ def test_help(run):
         (["train", "--vocab_size", "500", "--kind", "words", "text.txt"], "--kind: invalid choice: 'words'"),
         (["train", "--vocab_size", "500", "gone.txt"], "there is no file gone.txt"),
         (["train", "--vocab_size", "500", "latin.txt"], "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
-        (["train", "--vocab_size", "500", "--out", "text.txt/x", "text.txt"], "--out text.txt/x cannot be written"),
+        (["train", "--vocab_size", "500", "--out", "text.txt/x", "text.txt"], "text.txt' is a file, and no folder"),
+        (["train", "--vocab_size", "500", "--out", ".", "text.txt"], "--out . is a folder: name a file in it"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(run, folder, argv, words):
