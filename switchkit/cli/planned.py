@@ -43,7 +43,7 @@ def planned(argv: Sequence[str], hf_config: str | None, context: int | None) -> 
             raise UserError(f"--hf_config describes the whole model: leave {argv[0]} out")
         from switchkit.interop.importing import module_of_config
 
-        module = module_of_config(hf_config)
+        module = module_of_config(hf_config, context=context)
         longest = getattr(module.net, "context", None)
         if context is None and longest is None:
             raise UserError("--hf_config: a model with relative positions has no longest sequence: give --context")

@@ -18,6 +18,7 @@ from switchkit.interop.families import Family, Plan, family_of
 from switchkit.interop.families.base import EVERY_MODEL
 from switchkit.interop.folder import Folder
 from switchkit.interop.keys import Keys
+from switchkit.models import Decoder
 from switchkit.module import LanguageModule
 from switchkit.spec import OnMeta
 
@@ -68,13 +69,17 @@ def import_hf(
 def module_of_config(path: str | Path, *, context: int | None = None) -> LanguageModule:
     """The module that a config.json describes, or that of a folder, without weights: on the meta device.
 
+    Args:
+        path: config.json, or its folder.
+        context: the longest sequence of a decoder; null: `max_position_embeddings`. Other models have none.
+
     Raises:
         ValueError: no such file, a model_type that is not known, a setting that is not built here.
     """
     path = Path(path).expanduser()
     config = Config(read_object(path / "config.json" if path.is_dir() else path))
     family = family_of(config)
-    return build_module(family.plan(config, family.tied(config), context))
+    return build_module(family.plan(config, family.tied(config), context if family.net is Decoder else None))
 
 
 def build_module(plan: Plan, tokenizer: Tokenizer | None = None) -> LanguageModule:

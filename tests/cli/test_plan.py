@@ -145,6 +145,23 @@ def test_of_a_config_of_hugging_face(run):
     assert "yarn" in err
 
 
+def test_a_window_that_the_context_never_meets(run):
+    """A config.json of Mistral's first release, and of T5, which has no longest sequence."""
+    Path("config.json").write_text(json.dumps({**MIXTRAL, "model_type": "mistral", "sliding_window": 4096}))
+    planned = "plan", "--hf_config", "config.json", "--precision", "bf16-true", "--json"
+    code, out, err = run(*planned, "--context", "4096")
+    assert code in (0, 1), err
+    assert json.loads(out)["counts"]["parameters"] == 7_241_732_096
+    assert json.loads(out)["work"]["context"] == 4096
+    for context in ((), ("--context", "4097")):
+        code, _, err = run(*planned, *context)
+        assert code == 2
+        assert "ask for a context of at most 4096" in err
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2}
+    Path("config.json").write_text(json.dumps({"model_type": "t5", **sizes}))
+    assert run(*planned, "--context", "32")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
