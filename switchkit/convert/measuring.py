@@ -34,6 +34,8 @@ class ExpertUse:
     """Tokens that were sent to both experts (co-activation); on the diagonal, to the one."""
     alike: Float[Tensor, "E E"]
     """Cosine of the router's logits for two experts, over all tokens: what MC-SMoE groups experts by."""
+    undropped: float
+    """Sum of the weights that the tokens would have had if every expert had room for all of its own."""
 
     @property
     def share(self) -> Float[Tensor, "E"]:
@@ -50,6 +52,14 @@ class ExpertUse:
         were.
         """
         return float(self.weight.sum()) / self.tokens if self.tokens else 1.0
+
+    @property
+    def gate_undropped(self) -> float:
+        """`gate` if nothing had been dropped: what the experts that serve a token are multiplied by in it.
+
+        It does not depend on the capacity, which fewer experts have more of each.
+        """
+        return self.undropped / self.tokens if self.tokens else 1.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def assumed(module: LanguageModule) -> Measured:
                 "are alike: measure on data"
             )
         ones, rows = torch.ones(count, dtype=torch.float64), rows.detach().double().cpu()
-        layers.append(ExpertUse(name, ones, ones, 0, torch.diag(ones), _cosine(rows @ rows.t())))
+        layers.append(ExpertUse(name, ones, ones, 0, torch.diag(ones), _cosine(rows @ rows.t()), 0.0))
     return Measured(tuple(layers), None)
 
 
@@ -124,13 +134,19 @@ def _sums(routing: Routing) -> list[Tensor]:
     """What adds up over batches."""
     sent = experts_of(routing).flatten(0, 1).double()
     logits = routing.logits.double().masked_fill(~routing.valid.unsqueeze(-1), 0).flatten(0, 1)
+    routing = replace(routing, weight=routing.weight.double())
     arrived = sum_weights(replace(routing, chosen=kept_ones(routing), asked=None))
-    parts = [load(routing), arrived, count_tokens(routing), sent.t() @ sent, logits.t() @ logits]
+    tokens = count_tokens(routing)
+    # The kept weights of a token sum to `scale` there, so that what it would have without drops is no longer in them.
+    undropped = routing.scale * tokens if routing.renormalize else sum_weights(routing).sum()
+    parts = [load(routing), arrived, tokens, sent.t() @ sent, logits.t() @ logits, undropped]
     return [part.double().cpu() for part in parts]
 
 
-def _use(name: str, load: Tensor, weight: Tensor, tokens: Tensor, together: Tensor, gram: Tensor) -> ExpertUse:
-    return ExpertUse(name, load, weight, int(tokens), together, _cosine(gram))
+def _use(
+    name: str, load: Tensor, weight: Tensor, tokens: Tensor, together: Tensor, gram: Tensor, undropped: Tensor
+) -> ExpertUse:
+    return ExpertUse(name, load, weight, int(tokens), together, _cosine(gram), float(undropped))
 
 
 def _cosine(gram: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:

@@ -143,7 +143,8 @@ def rescale(module: LanguageModule, before: Measured, after: Measured) -> bool:
     """Multiply the routed experts' outputs so that a token's weights come to what they did; whether any changed.
 
     Fewer experts have larger probabilities each. Where these are the weights (`switch`), experts that learned to be
-    multiplied by less would be too loud. Weights that sum to one did and do, and nothing changes.
+    multiplied by less would be too loud. Weights that sum to one did and do, and nothing changes. What a capacity
+    drops is counted in: fewer experts have room for more tokens each, which makes none of them louder in a token.
 
     Args:
         module: what `prune` or `merge` made; it is changed in place.
@@ -152,7 +153,7 @@ def rescale(module: LanguageModule, before: Measured, after: Measured) -> bool:
     """
     changed = False
     for layer, old, new in zip(moe_layers(module).values(), before.layers, after.layers, strict=True):
-        factor = old.gate / new.gate if new.gate else 1.0
+        factor = old.gate_undropped / new.gate_undropped if new.gate_undropped else 1.0
         if abs(factor - 1) > 1e-6:
             changed = True
             routed = layer.experts.routed if isinstance(layer.experts, Shared) else layer.experts

@@ -37,8 +37,9 @@ def batches(source: bool = False) -> list[dict[str, torch.Tensor]]:
         {"router": Switch},
         {"router": partial(TopK, k=2)},
         {"router": partial(TopK, k=2, normalize="after"), "capacity": TIGHT},
+        {"router": Switch, "capacity": TIGHT},
     ],
-    ids=["switch", "top_k", "dropping"],
+    ids=["switch", "top_k", "dropping", "switch_dropping"],
 )
 def test_measured_against_a_loop(moe: dict, source: bool) -> None:
     module = decoder(**moe)
@@ -63,6 +64,7 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
     assert found.loss == pytest.approx(nats / count, rel=1e-6)
     for index, use in enumerate(found.layers):
         load, weight, together, tokens = [0] * 3, [0.0] * 3, [[0] * 3 for _ in range(3)], 0
+        undropped = 0.0
         logits = []
         for routings in seen:
             routing = routings[index]
@@ -74,6 +76,7 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
                     if routing.chosen[g, n]:
                         expert = int(routing.expert[g, n])
                         load[expert] += 1
+                        undropped += float(routing.weight[g, n].detach())
                         weight[expert] += float(routing.weight[g, n].detach()) * bool(routing.kept[g, n])
                         sent.setdefault(int(routing.token[g, n]), set()).add(expert)
                 for experts in sent.values():
@@ -85,6 +88,9 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
         assert use.together.tolist() == together
         assert use.weight.tolist() == pytest.approx(weight, rel=1e-5)
         assert use.gate == pytest.approx(sum(weight) / tokens, rel=1e-5)
+        # Where what is kept is normalised, the weights of a token would sum to one.
+        undropped = undropped if moe["router"] is Switch else tokens
+        assert use.gate_undropped == pytest.approx(undropped / tokens, rel=1e-5)
         table = torch.stack(logits).double()
         cosine = F.cosine_similarity(table.t()[:, None], table.t()[None], dim=-1)
         torch.testing.assert_close(use.alike, cosine, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkit import Decoder, EncoderDecoder, GatedMlp, LanguageModule, Mlp, MoELayer, Shared, Sigmoid, Switch, TopK
+from switchkit import (
+    Decoder,
+    Dropless,
+    EncoderDecoder,
+    Factor,
+    GatedMlp,
+    LanguageModule,
+    Mlp,
+    MoELayer,
+    Shared,
+    Sigmoid,
+    Switch,
+    TopK,
+)
 from switchkit.convert.comparing import change
 from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
 from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale, to_dense
@@ -173,8 +186,12 @@ def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
     assert change(module, made).logits < 1e-12
 
 
-def test_weights_that_sum_to_one_are_not_rescaled() -> None:
-    module = module_of()
+@pytest.mark.parametrize("normalize", ["before", "after"])
+@pytest.mark.parametrize("capacity", [Dropless, partial(Factor, eval=0.7)], ids=["dropless", "dropping"])
+def test_weights_that_sum_to_one_are_not_rescaled(capacity: partial, normalize: str) -> None:
+    """Nor where fewer experts drop less, each having more room."""
+    router = partial(TopK, k=2, normalize=normalize, scale=2.0 if normalize == "after" else 1.0)
+    module = module_of(moe=partial(MoELayer, router=router, capacity=capacity))
     found = measured(module)
     made = prune(module, 3, found)
     before = loss(made)
@@ -186,7 +203,7 @@ def test_of_two_that_are_alike_the_less_used_goes() -> None:
     """0 and 1 are most alike and 0 is used less; then 2 and 3, of which 2 is."""
     alike = [[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.2, 0.3], [0.1, 0.2, 1.0, 0.5], [0.0, 0.3, 0.5, 1.0]]
     load = torch.tensor([5.0, 7.0, 0.0, 9.0]).double()
-    use = ExpertUse("x", load, load.flip(0), 21, torch.diag(load), torch.tensor(alike).double())
+    use = ExpertUse("x", load, load.flip(0), 21, torch.diag(load), torch.tensor(alike).double(), 21.0)
     assert kept_experts(use, 3, "similarity") == [1, 2, 3]
     assert kept_experts(use, 2, "similarity") == [1, 3]
     assert kept_experts(use, 2, "usage") == [1, 3]
