@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from switchkit.layers import MoELayer
+from switchkit.routing.token_choice import TopK
 
 __all__ = ["differences"]
 
@@ -78,10 +79,14 @@ def _told(limits: list[int | None]) -> str:
 
 def _plain(part: nn.Module) -> dict[str, Any]:
     """The settings of a module: its own attributes that are plain values."""
-    return {
+    found = {
         name: value
         for name, value in vars(part).items()
         if not name.startswith("_")
         and name not in ONLY_IN_TRAINING
         and (value is None or isinstance(value, (bool, int, float, str, tuple)))
     }
+    if isinstance(part, TopK) and part.softmax == "after":
+        # The same weights by the words that families use: p_i / sum p of the chosen ones is their softmax.
+        found |= {"softmax": "before", "normalize": "before" if part.normalize == "never" else part.normalize}
+    return found

@@ -21,11 +21,15 @@ from switchkit import (
     LanguageModule,
     Mlp,
     MoELayer,
+    Shared,
     Sigmoid,
     Switch,
     TopK,
 )
 from switchkit.attention import Attention, LatentAttention
+from switchkit.experts.linear import Linear
+from switchkit.experts.mixed import Mixed
+from switchkit.experts.null import Null
 from switchkit.interop import export_hf, import_hf
 from switchkit.interop.exporting import SHARD_SIZE
 from switchkit.layers import FeedForward
@@ -155,6 +159,20 @@ def test_models_of_ours(tmp_path, family: str) -> None:
             ),
             "deepseek_v3: the model has no sparse layer",
         ),
+        (
+            lambda: decoder(moe=partial(MoELayer, router=TopK, experts=Mixed), sparse=[0, 1, 2]),
+            "mixtral: blocks.0.mlp.experts is a Mixed instead of a GatedMlp",
+        ),
+        (
+            lambda: decoder(moe=partial(MoELayer, router=TopK, experts=Linear), sparse=[0, 1, 2]),
+            "mixtral: blocks.0.mlp.experts is a Linear instead of a GatedMlp",
+        ),
+        (
+            lambda: decoder(
+                moe=partial(MoELayer, experts=partial(Shared, experts=Null), router=TopK), sparse=[0, 1, 2]
+            ),
+            "mixtral: blocks.0.mlp.experts is a Shared instead of a GatedMlp",
+        ),
         (lambda: decoder(moe=TOP2, sparse=[1]), "mixtral: blocks.0.mlp is a FeedForward instead of a MoELayer"),
         (lambda: pair(moe=partial(MoELayer, group="batch", capacity=partial(Fixed, eval=2))), "group is 'batch'"),
         (lambda: pair(moe=partial(MoELayer, capacity=partial(Factor, eval=1.0))), "capacity is"),
@@ -171,6 +189,26 @@ def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, make, to
         export_hf(make(), tmp_path / "m")
     assert told in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("normalize", [None, "never"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("mixtral", None),
+        ("olmoe", partial(Attention, qk_norm="whole")),
+        ("qwen3_moe", partial(Attention, qk_norm="head")),
+    ],
+)
+def test_a_softmax_after_the_choice_is_a_normalised_one_before(tmp_path, family: str, attention, normalize) -> None:
+    router = partial(TopK, softmax="after", normalize=normalize)
+    module = decoder(
+        moe=partial(MoELayer, router=router, experts=GatedMlp), attention=attention, sparse=[0, 1, 2], num_experts=4
+    )
+    assert export_hf(module, tmp_path / "m") == family
+    theirs = loaded(MODELS[family][1], tmp_path / "m")
+    one = Saved(family, theirs, tmp_path / "m")
+    assert far(our_logits(module, one), their_logits(theirs, one)) < CLOSE
 
 
 def test_one_family_of_several(saved, tmp_path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "first_sparse",
     "gated",
     "llama",
+    "normalized",
     "rope_base",
     "tied",
     "top_k",
@@ -174,7 +175,8 @@ def describe_decoder(net: nn.Module, family: str) -> dict[str, Any]:
     if dense is None and sparse is None:
         raise ValueError(f"blocks.0.mlp is a {type(layers[0]).__name__}, which {family} has not")
     experts: Any = None if sparse is None else getattr(sparse.experts, "routed", sparse.experts)
-    activation = experts.activation if dense is None else dense.activation
+    # Experts without one of their own are of a class that no family has, which `differences` tells.
+    activation = getattr(experts, "activation", "silu") if dense is None else dense.activation
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.d_model,
@@ -213,6 +215,11 @@ def first_sparse(net: nn.Module, family: str, router: type[nn.Module]) -> tuple[
     if layer is None:
         raise ValueError(f"the model has no sparse layer, where {family} has some")
     return layer, shape_of(layer.router, "the router", router, family)
+
+
+def normalized(router: TopK) -> bool:
+    """Whether a token's weights are divided by their sum before anything is dropped; a softmax after the choice is."""
+    return router.normalize == "before" or router.softmax == "after"
 
 
 def balance_weight(losses: Sequence[Loss], default: float) -> float:

@@ -58,7 +58,7 @@ def describe(net: nn.Module, losses: Sequence[Loss]) -> dict[str, Any]:
         "intermediate_size": layer.d_ff,
         "num_experts": layer.num_experts,
         "num_experts_per_tok": router.k,
-        "norm_topk_prob": router.normalize == "before",
+        "norm_topk_prob": decoders.normalized(router),
         "router_aux_loss_coef": decoders.balance_weight(losses, 0.01),
         "output_router_logits": False,
         "attention_bias": False,
