@@ -101,6 +101,24 @@ def test_a_window_that_short_sequences_never_meet(saved, tmp_path) -> None:
         import_hf(saved("t5").folder, context=20)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral_tied", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 50.0}},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 70.0},
+        {"rope_scaling": {}},
+    ],
+    ids=["the family's", "its own", "the model's", "empty"],
+)
+def test_an_older_name_for_angles_replaces_the_newer(saved, tmp_path, name: str, change: dict) -> None:
+    """A file of today, with a base of 30, that was edited in the way of yesterday."""
+    folder = changed(saved, tmp_path, name, change)
+    theirs = type(saved(name).model).from_pretrained(folder).eval()
+    assert far(our_logits(import_hf(folder), saved(name)), their_logits(theirs, saved(name))) < 1e-5
+
+
 def test_three_embeddings_that_differ(saved, tmp_path) -> None:
     """What transformers 5 makes of an untied Switch that it initialises itself."""
     from interop.zoo import MODELS

@@ -129,17 +129,17 @@ def rope_base(config: Config, default: float) -> float:
         ValueError: angles that are scaled, for some layers only, or over a part of a head.
     """
     base = config.number("rope_theta", default=default, above=True)
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = config.within(name)
-        if any(isinstance(value, dict) for value in rope.values.values()):
-            config.refuse(name, "angles that differ between layers are not built here")
-        kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-        if kind != "default":
-            config.refuse(name, f"scaled rotary angles (type {str(kind)[:20]!r}) are not built here")
-        rope.only("partial_rotary_factor", (1, 1.0), "rotating a part of a head is not built here")
-        base = rope.number("rope_theta", default=base, above=True)
-    config.only("partial_rotary_factor", (1, 1.0), "rotating a part of a head is not built here")
-    return base
+    # transformers reads one of the two: the older name, where it holds anything.
+    name = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    rope = config.within(name)
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        config.refuse(name, "angles that differ between layers are not built here")
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind != "default":
+        config.refuse(name, f"scaled rotary angles (type {str(kind)[:20]!r}) are not built here")
+    for part in (rope, config):
+        part.only("partial_rotary_factor", (1, 1.0), "rotating a part of a head is not built here")
+    return rope.number("rope_theta", default=base, above=True)
 
 
 def top_k(config: Config, *, normalize: bool, k: int, **options: Any) -> partial[TopK]:
