@@ -137,12 +137,11 @@ def _checked(
         part = module.net.get_submodule(name)
         if type(part) is not FeedForward:
             raise ValueError(f"{name} is a {type(part).__name__}, which experts cannot express; only FeedForward is")
-    first = next(iter(dense.values()))
-    width = first.up.out_features
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1; got {num_experts}")
-    if granularity < 1 or width % granularity:
-        raise ValueError(f"granularity must be at least 1 and divide the hidden width {width}; got {granularity}")
+    # Whether it divides the width of each layer that becomes sparse, `MoELayer` checks.
+    if granularity < 1:
+        raise ValueError(f"granularity must be at least 1; got {granularity}")
     if not 1 <= k <= num_experts * granularity:
         raise ValueError(f"k={k} choices of a token are impossible: k must be from 1 to {num_experts * granularity}")
     if k % granularity:
@@ -153,7 +152,7 @@ def _checked(
         raise ValueError(f"noise must be a finite number >= 0; got {noise}")
     if not 0 <= drop <= 1:
         raise ValueError(f"drop is a share of the hidden units, from 0 to 1; got {drop}")
-    return first
+    return next(iter(dense.values()))
 
 
 def _redraw(w1: Float[Tensor, "E D H"], w2: Float[Tensor, "E F D"], share: float) -> None:

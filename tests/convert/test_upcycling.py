@@ -90,6 +90,16 @@ def test_granularity_keeps_parameters_and_groups(module: LanguageModule) -> None
     assert torch.equal(copies[:, ::3].repeat_interleave(3, 1), copies)
 
 
+def test_granularity_divides_the_widths_that_it_cuts() -> None:
+    """Layers of several widths, as `to_dense` makes them."""
+    module = dense(partial(DECODER, d_ff=[10, 12, 12]))
+    made = upcycle(module, granularity=4, sparse=[1, 2])
+    assert [part.d_ff for part in made.net.modules() if isinstance(part, MoELayer)] == [3, 3]
+    assert change(module, made).logits < 1e-5
+    with pytest.raises(ValueError, match="divide d_ff=10; got 4"):
+        upcycle(module, granularity=4)
+
+
 def test_a_switch_router_dips_a_little_and_less_when_tiny(module: LanguageModule) -> None:
     tiny, larger = (change(module, upcycle(module, k=1, router_std=std)).logits for std in (1e-5, 1e-1))
     assert 1e-8 < tiny < 1e-3
@@ -176,7 +186,8 @@ def test_half_precision_stays() -> None:
     [
         ({"k": 9}, "k=9 choices of a token are impossible: k must be from 1 to 8"),
         ({"k": 0}, "k=0 choices"),
-        ({"granularity": 5}, "granularity must be at least 1 and divide the hidden width 12; got 5"),
+        ({"granularity": 0}, "granularity must be at least 1; got 0"),
+        ({"granularity": 5}, "granularity must be at least 1 and divide d_ff=12; got 5"),
         ({"granularity": 3, "k": 4}, "make k a multiple of 3"),
         ({"noise": -1.0}, "noise must be a finite number >= 0; got -1.0"),
         ({"drop": 1.5}, "drop is a share of the hidden units, from 0 to 1; got 1.5"),
