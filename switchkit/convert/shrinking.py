@@ -272,6 +272,11 @@ def _router_rows(layer: MoELayer) -> dict[str, Tensor]:
                 f"the router {type(layer.router).__name__} holds {name!r}, which cannot be told apart by expert: "
                 "no expert can be taken out of it"
             )
+    if not found:
+        raise ValueError(
+            f"the router {type(layer.router).__name__} holds nothing for each expert: its choice follows from their "
+            "numbers, and others would get the tokens of those that stay. Only to-dense takes such a model"
+        )
     return found
 
 

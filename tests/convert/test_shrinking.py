@@ -15,6 +15,7 @@ from switchkit import (
     EncoderDecoder,
     Factor,
     GatedMlp,
+    Hash,
     LanguageModule,
     Mlp,
     MoELayer,
@@ -28,6 +29,7 @@ from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
 from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale, to_dense
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
+from switchkit.routing.unlearned import Random, RoundRobin
 
 V, D, F, E = 13, 16, 12, 5
 NETS = {
@@ -308,3 +310,20 @@ def test_models_that_cannot_shrink_are_refused() -> None:
     mixed = module_of(moe=partial(TOP2, experts=GatedMlp))
     with pytest.raises(ValueError, match="several kinds \\(relu, silu gated\\)"):
         to_dense(mixed, measured(mixed))
+
+
+@pytest.mark.parametrize("router", [Hash, Random, RoundRobin])
+def test_routers_that_choose_by_number_are_refused(router: type) -> None:
+    """Expert 5 of eight would be number 1 of those that stay, with the symbols of another."""
+    module = module_of(moe=partial(MoELayer, router=router))
+    found = measured(module)
+    for call in (prune, merge):
+        with pytest.raises(ValueError, match=f"{router.__name__} holds nothing for each expert"):
+            call(module, 3, found)
+    assert not to_dense(module, found).sparse_layers
+
+
+def test_routers_whose_state_has_no_rows_are_refused() -> None:
+    module = module_of(moe=partial(MoELayer, router=partial(Hash, table="balanced", vocab_size=V)))
+    with pytest.raises(ValueError, match="the router Hash holds 'table', which cannot be told apart by expert"):
+        prune(module, 3, measured(module))
