@@ -12,6 +12,7 @@ from switchkit.interop import import_hf
 from switchkit.interop.config import Config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+EVERY = ("llama", "mistral", "qwen3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "t5", "switch")
 CASES = [
     (
         "llama",
@@ -51,6 +52,7 @@ CASES = [
     ("t5", {"is_encoder_decoder": False}, "an encoder or a decoder alone is not built here"),
     ("t5", {"dropout_rate": 1.0}, "dropout_rate=1.0: must be below 1"),
     ("t5", {"decoder_start_token_id": 40}, "start_id must be a token, 0 to 39; got 40"),
+    *((name, {"is_causal": False}, "is_causal=False: a decoder that sees what follows") for name in EVERY),
     ("switch", {"router_dtype": "bfloat16"}, "router_dtype='bfloat16': routers compute in float32 here"),
     ("switch", {"dense_act_fn": "gated-gelu"}, "dense_act_fn='gated-gelu': known here"),
 ]

@@ -66,7 +66,7 @@ class Family:
 
 
 def refuse_changes(config: Config) -> None:
-    """Refuses what changes any model: quantized weights, other settings in some layers.
+    """Refuses what changes any model: quantized weights, other settings in some layers, a decoder that looks ahead.
 
     Raises:
         ValueError: names the key.
@@ -77,6 +77,9 @@ def refuse_changes(config: Config) -> None:
     ):
         if config.values.get(name):
             config.refuse(name, why)
+    # Null is false there, too.
+    if not config.values.get("is_causal", True):
+        config.refuse("is_causal", "a decoder that sees what follows is not built here")
 
 
 def activation_word(activation: str, tanh: str = "gelu_pytorch_tanh") -> str:
