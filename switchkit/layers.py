@@ -136,6 +136,8 @@ class MoELayer(nn.Module):
                 )
             # What padding holds, NaN included, must not reach an output or a gradient.
             x = x.masked_fill(~valid.unsqueeze(-1), 0)
+            # What was chosen and kept is made of it, and looked at token by token as a view.
+            valid = valid.contiguous()
         tokens = self._groups(x)
         real = self._groups(torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid)
         names = None if ids is None else self._groups(ids)
@@ -179,8 +181,9 @@ class MoELayer(nn.Module):
         assert routing.kept is not None
         if self.dropped == "weighted_input":
             share = routing.weight.masked_fill(routing.kept | ~routing.chosen, 0)
-            return sum_choices(share.view(-1, 1), routing).to(tokens.dtype) * tokens
-        kept = sum_choices(routing.kept.view(-1, 1).to(tokens.dtype), routing)
+            return sum_choices(share.reshape(-1, 1), routing).to(tokens.dtype) * tokens
+        # A group of one token may have one value for all its choices.
+        kept = sum_choices(routing.kept.reshape(-1, 1).to(tokens.dtype), routing)
         return tokens * ((kept == 0) & routing.valid.unsqueeze(-1))
 
 

@@ -120,6 +120,27 @@ def test_no_valid_means_all_are_real() -> None:
     assert torch.equal(run(layer, x)[0], run(layer, x, ones)[0])
 
 
+@pytest.mark.parametrize("dropped", ["input", "weighted_input"])
+@pytest.mark.parametrize("training", [True, False])
+def test_groups_of_one_token_bring_back_what_was_dropped(dropped: str, training: bool) -> None:
+    """As in generation, token by token, of several sequences at once."""
+    layer = MoELayer(8, 4, d_ff=6, router=partial(TopK, k=2), dropped=dropped).train(training)
+    x = torch.randn(3, 1, 8)
+    valid = torch.tensor([[True], [False], [True]])
+    y, _ = layer(x, valid)
+    alone = torch.cat([layer(x[[0]])[0], torch.zeros(1, 1, 8), layer(x[[2]])[0]])
+    torch.testing.assert_close(y, alone)
+
+
+@pytest.mark.parametrize("router", [Switch, partial(TopK, k=2)])
+@pytest.mark.parametrize("dropped", ["zero", "input"])
+def test_valid_may_lie_in_memory_as_it_likes(router: object, dropped: str) -> None:
+    layer = MoELayer(8, 4, d_ff=6, router=router, capacity=partial(Factor, 0.5), dropped=dropped)
+    x, real = torch.randn(3, 5, 8), torch.arange(5) < 3
+    for valid in (real.expand(3, 5), real.expand(3, 5).t().contiguous().t()):
+        torch.testing.assert_close(layer(x, valid)[0], layer(x, valid.contiguous())[0])
+
+
 def test_leaks_are_those_of_the_parts() -> None:
     class Open(Switch):
         leaks = "looks ahead"
