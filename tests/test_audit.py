@@ -25,6 +25,7 @@ from switchkit import (
     TopK,
     token_choice,
 )
+from switchkit.attention import Attention
 from switchkit.audit import Finding, audit, sees_future, sequences_for, uniform_routing
 from switchkit.losses.balance import balance
 from switchkit.losses.base import Loss
@@ -615,6 +616,15 @@ def test_a_leak_outside_the_sparse_layers():
     assert sees_future(found)
     assert "in no sparse layer" in found[0].evidence
     assert "outside the sparse layers" in found[1].evidence
+
+
+def test_attention_that_sees_later_tokens():
+    net = partial(NET, attention=partial(Attention, causal=False), allow_leak=True)
+    found = findings(net=net)
+    assert found["future tokens"].status == "fault"
+    cached = found["cached generation"]
+    assert (cached.status, cached.fix) == ("note", "")
+    assert "uses no cache: attention with causal false" in cached.evidence
 
 
 @pytest.mark.parametrize(("given", "said"), [({"sequences": 1}, "at least 2"), ({"context": 1}, "context >= 2")])

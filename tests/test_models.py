@@ -18,6 +18,7 @@ from switchkit.models.inputs import check_inputs
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
 TIGHT = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, 0.5, 0.5))
+LATENT = partial(LatentAttention, kv_rank=4, nope_width=2, rope_width=2, v_width=2)
 
 
 def decoder(**options: object) -> Decoder:
@@ -256,6 +257,22 @@ def test_a_part_that_sees_the_future_is_refused() -> None:
     with pytest.raises(ValueError, match="Peek averages over the whole sequence: a causal model would see the future"):
         decoder(moe=moe)
     assert decoder(moe=moe, sparse=[]).sparse == ()
+
+
+@pytest.mark.parametrize("attention", [Attention, LATENT])
+def test_attention_that_sees_the_future_is_refused(attention: object) -> None:
+    """Allowed, it is the same model with padding marked and without, and keeps no cache."""
+    options = {"attention": partial(attention, causal=False), "sparse": []}
+    with pytest.raises(ValueError, match="causal false lets each token see later ones: a causal model would see"):
+        decoder(**options)
+    model, tokens = decoder(**options, allow_leak=True).eval(), ids()
+    later = tokens.clone()
+    later[:, -1] = (later[:, -1] + 5) % 11
+    assert oracle.error(model(later).logits[:, 0], model(tokens).logits[:, 0]) > 1e-6
+    whole = model(tokens, torch.ones_like(tokens, dtype=torch.bool)).logits
+    assert oracle.error(whole, model(tokens).logits) < 1e-12
+    with pytest.raises(ValueError, match="no cache with this model: attention with causal false"):
+        model(tokens, cache=Cache())
 
 
 def test_a_leak_that_is_allowed_does_leak() -> None:

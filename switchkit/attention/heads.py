@@ -41,7 +41,7 @@ class Attention(nn.Module):
         norm_eps: of that norm.
         bias: add one to queries, keys and values (Qwen2).
         scale: of the scores; null: ``head_width ** -0.5``. T5 has 1.
-        causal: a token sees itself and those before it; false: all of them.
+        causal: a token sees itself and those before it; false: all of them (a `Decoder` needs `allow_leak` for it).
         init_scale: the matrices start as a truncated normal, std ``sqrt(init_scale / fan_in)``; 0.1 as in section 2.4
             of arXiv 2101.03961.
         projection: builds three sparse layers in place of the matrices for queries, keys and values (Switch attention,

@@ -33,7 +33,7 @@ class LatentAttention(nn.Module):
         norm_eps: of the norms of the latents.
         dropout: of the attention weights.
         rotary: must be true: the part without position alone could not tell the order of tokens.
-        causal: a token sees itself and those before it; false: all of them.
+        causal: a token sees itself and those before it; false: all of them (a `Decoder` needs `allow_leak` for it).
 
     Raises:
         ValueError: a size below 1, an odd rope_width, rotary false.

@@ -53,6 +53,8 @@ def _declared(probe: Probe, reason: str, orders: dict[str, list[int]]) -> Findin
     seen = [f"{name} {value:.2g}" for name, value in found.items() if value]
     told = f"changed by {', '.join(seen)} of their size" if seen else "unchanged on these tokens"
     evidence = f"uses no cache: {reason}; outputs of sparse layers for pieces of the sequence: {told}"
+    if not any(layer.uncacheable for layer in probe.causal.values()):
+        return Finding(CACHED, "note", evidence)
     routers = any(layer.router.leaks or layer.router.by_position for layer in probe.causal.values())
     other = "--model.moe.router=top_k (or switch, sigmoid, ...)"
     return Finding(CACHED, "note", evidence, other if routers else "--model.moe.capacity.eval=null")

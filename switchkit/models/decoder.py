@@ -126,7 +126,9 @@ class Decoder(nn.Module):
             else:
                 heads = build()
             self.blocks.append(Block(heads, mlp, d_model, dropout=dropout, norm=norm, norm_eps=norm_eps))
-        if not allow_leak and (why := leak(self)) is not None:
+        # Attention of one's own that does not say is taken to be causal: it is given which tokens to see.
+        self.causal = all(getattr(block.attention, "causal", True) for block in self.blocks)
+        if not allow_leak and (why := leak(self) or self._sees_later) is not None:
             raise ValueError(f"{why}: a causal model would see the future. Choose another part, or say allow_leak")
         self.norm = make_norm(norm, d_model, norm_eps)
         self.head = None if tied else nn.Linear(d_model, vocab_size, bias=False)
@@ -139,7 +141,11 @@ class Decoder(nn.Module):
     @property
     def uncacheable(self) -> str | None:
         """Why a cache would change what the model computes; None: it would not."""
-        return uncacheable(self)
+        return uncacheable(self) or self._sees_later
+
+    @property
+    def _sees_later(self) -> str | None:
+        return None if self.causal else "attention with causal false lets each token see later ones"
 
     def forward(
         self, tokens: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
@@ -167,7 +173,7 @@ class Decoder(nn.Module):
             x = x + self.position(place.clamp(min=0))
         see = None
         if known is not None or (start and size > 1):
-            see = visible(size, known, causal=True, past=start, device=tokens.device)
+            see = visible(size, known, causal=self.causal, past=start, device=tokens.device)
         x = self.dropout(x)
         # The blocks' attention is alike: where tokens stand is worked out once.
         first = self.blocks[0].attention
