@@ -23,7 +23,7 @@ from switchkit.interop.importing import build_module
 from switchkit.interop.keys import Keys
 from switchkit.interop.structure import differences
 from switchkit.module import LanguageModule
-from switchkit.origin import generation_of
+from switchkit.origin import SPECIAL_IDS, generation_of
 
 __all__ = ["SHARD_SIZE", "export_hf"]
 
@@ -70,7 +70,7 @@ def export_hf(
 
     Raises:
         ValueError: a folder that is not empty, no family that computes the same (says what differs), an unknown family,
-            a shard_size below 1, safetensors is not installed.
+            ids of `like` beyond the vocabulary, a shard_size below 1, safetensors is not installed.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1 byte; got {shard_size}")
@@ -79,6 +79,7 @@ def export_hf(
         raise ValueError(f"{target} is there already and not empty: name another folder, or remove it first")
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent}: create it first")
+    _check_like(like or {}, module.vocab_size)
     save_file = _library()
     found, config = _described(module, family)
     own = {name.removeprefix("net."): tensor for name, tensor in module.state_dict().items()}
@@ -159,10 +160,25 @@ def _completed(
 
 def _known(module: LanguageModule) -> dict[str, Any]:
     """What the imported config.json said, over the ids of the tokenizer."""
-    tokenizer = module.tokenizer
-    pairs = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    own = {name: value for name, value in pairs.items() if value is not None}
+    own: dict[str, Any] = {}
+    if module.tokenizer is not None:
+        # Null too: a family's usual end is another token of this vocabulary. But every T5 needs some padding.
+        own["eos_token_id"] = module.tokenizer.eos_id
+        if module.tokenizer.pad_id is not None:
+            own["pad_token_id"] = module.tokenizer.pad_id
     return {**own, **(module.hugging_face.get("config") or {})}
+
+
+def _check_like(like: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuses the ids of a larger vocabulary, over which transformers cannot build the model."""
+    for name in SPECIAL_IDS:
+        given = like.get(name)
+        for number in given if isinstance(given, list) else [given]:
+            if isinstance(number, int) and number >= vocab_size:
+                raise ValueError(
+                    f"like: {name}={number} is no token of this model, whose ids are 0 to {vocab_size - 1}: take the "
+                    "config.json of a model with the same vocabulary"
+                )
 
 
 def _generation(config: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,14 @@ def test_like_another_config(saved, tmp_path) -> None:
     assert config["bos_token_id"] is None
 
 
+@pytest.mark.parametrize("like", [{"pad_token_id": V, "bos_token_id": 1}, {"eos_token_id": [2, V]}])
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, like: dict) -> None:
+    """transformers cannot make an embedding with such a padding, and never ends a text at such an end."""
+    with pytest.raises(ValueError, match=f"like: (pad|eos)_token_id={V} is no token of this model, whose ids are 0 to"):
+        export_hf(decoder(), tmp_path / "m", like=like)
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_are_not_overwritten(saved, tmp_path) -> None:
     module = import_hf(saved("llama").folder)
     (tmp_path / "full").mkdir()

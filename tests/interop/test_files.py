@@ -14,7 +14,7 @@ import small
 import torch
 from interop.zoo import V, far, our_logits, save, stored, their_logits
 
-from switchkit import Decoder, LanguageModule, checkpoints
+from switchkit import Decoder, EncoderDecoder, LanguageModule, checkpoints
 from switchkit.cli import main
 from switchkit.data import FileTokenizer
 from switchkit.interop import export_hf, import_hf
@@ -228,6 +228,19 @@ def test_without_an_import_the_ids_are_the_tokenizers(tmp_path) -> None:
     export_hf(module, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 1, 2)
+
+
+def test_a_vocabulary_without_an_end_stays_without(tmp_path) -> None:
+    """Token 1, at which T5 ends, is an ordinary one here."""
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(9)}, unk_token="w0"))
+    own.save(str(tmp_path / "words.json"))
+    net = partial(EncoderDecoder, d_model=8, encoder_layers=1, num_heads=2, d_ff=8, sparse=[], start_id=3)
+    module = LanguageModule(net, tokenizer=FileTokenizer(str(tmp_path / "words.json")), losses=[])
+    export_hf(module, tmp_path / "m")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "m" / name).read_text()).get("eos_token_id") is None
+    assert import_hf(tmp_path / "m").end_ids == module.end_ids == ()
 
 
 def test_transformers_is_not_imported() -> None:
