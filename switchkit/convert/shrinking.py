@@ -216,7 +216,8 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
     What is known before anything is measured; `prune`, `merge` and `to_dense` ask it themselves.
 
     Raises:
-        ValueError: a dense model, sparse attention, a number out of range, experts of several widths.
+        ValueError: a dense model, sparse attention, a number out of range, or one that the devices of a loss cannot
+            share out, experts of several widths.
     """
     layers = moe_layers(module)
     if not layers:
@@ -231,6 +232,12 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
     for name, layer in layers.items():
         groups, top_groups = _groups(layer)
         least = -(-layer.router.k // top_groups) * groups
+        if least > layer.num_experts - groups:
+            among = f", chosen from {top_groups} of {groups} groups" if groups > 1 else ""
+            raise ValueError(
+                f"no expert can be taken out of {name}: a token is sent to {layer.router.k} of its "
+                f"{layer.num_experts}{among}"
+            )
         if not least <= count < layer.num_experts or count % groups:
             even = f", and as many in each of the router's {groups} groups" if groups > 1 else ""
             raise ValueError(
@@ -239,6 +246,13 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
             )
     if len({layer.d_ff for layer in layers.values()}) > 1:
         raise ValueError("the experts of the layers have several widths, which no model with fewer can say")
+    for loss in module.losses:
+        devices = getattr(loss, "devices", None)
+        if devices and count % devices:
+            raise ValueError(
+                f"{count} experts cannot be shared out to the {devices} devices of the loss {type(loss).__name__}: "
+                f"leave a multiple of {devices}"
+            )
     return layers
 
 

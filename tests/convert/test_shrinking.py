@@ -29,6 +29,8 @@ from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
 from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale, to_dense
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
+from switchkit.losses.devices import CommunicationBalance, DeviceBalance
+from switchkit.routing.local_experts import LocalExperts
 from switchkit.routing.unlearned import Random, RoundRobin
 
 V, D, F, E = 13, 16, 12, 5
@@ -238,6 +240,30 @@ def test_numbers_that_no_groups_fit_are_refused(count: int, told: str) -> None:
     for shrink in (prune, merge):
         with pytest.raises(ValueError, match=told):
             shrink(module, count, assumed(module))
+
+
+def test_where_every_expert_is_needed_none_can_go() -> None:
+    net = partial(NETS["decoder"], num_experts=8)
+    for router, told in (
+        (partial(TopK, k=3, groups=4, top_groups=2), "sent to 3 of its 8, chosen from 2 of 4 groups$"),
+        (LocalExperts, "sent to 8 of its 8$"),
+    ):
+        module = LanguageModule(net, moe=partial(MoELayer, router=router), vocab_size=V)
+        with pytest.raises(ValueError, match=f"no expert can be taken out of blocks.1.mlp: a token is {told}"):
+            prune(module, 4, assumed(module))
+
+
+@pytest.mark.parametrize("kind", [DeviceBalance, CommunicationBalance])
+def test_the_devices_of_a_loss_share_out_what_is_left(kind: type) -> None:
+    net = partial(NETS["decoder"], num_experts=8)
+    module = LanguageModule(net, moe=TOP2, losses=[partial(kind, devices=4)], vocab_size=V)
+    found = measured(module)
+    for shrink in (prune, merge):
+        with pytest.raises(
+            ValueError, match=f"6 experts cannot be shared out to the 4 devices of the loss {kind.__name__}"
+        ):
+            shrink(module, 6, found)
+    prune(module, 4, found).training_step(batches(module)[0], 0)
 
 
 def test_a_merged_row_of_the_router_is_the_mean_by_usage() -> None:
