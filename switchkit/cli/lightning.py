@@ -290,10 +290,10 @@ class SwitchkitCLI(LightningCLI):
 
 
 class ModelOnly(SwitchkitCLI):
-    """Model and data of `fit`, whatever devices and strategy the recipe trains with."""
+    """Model and data of `command`, whatever devices and strategy the recipe trains with."""
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        super().__init__("fit", argv, execute=False)
+    def __init__(self, argv: Sequence[str], command: str = "fit") -> None:
+        super().__init__(command, argv, execute=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         return pl.Trainer(

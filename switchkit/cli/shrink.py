@@ -122,7 +122,8 @@ def _batches(work: Conversion, plugins: Sequence[str]) -> Any:
 
     more = ["--plugins", *plugins] if plugins else []
     try:
-        data = ModelOnly(["--ckpt_path", str(work.path), *more]).datamodule
+        # As in an evaluation: a student needs its teacher to learn only.
+        data = ModelOnly(["--ckpt_path", str(work.path), *more], "validate").datamodule
         data.prepare_data()
         data.setup("validate")
         return data.val_dataloader()

@@ -80,6 +80,21 @@ def test_a_student_lives_without_its_teacher(distilled, run):
 
 
 @pytest.mark.slow
+def test_a_sparse_student_shrinks_without_its_teacher(taught, run):
+    net = {"d_model": 8, "num_layers": 2, "num_heads": 2, "d_ff": 8, "context": 16, "num_experts": 4, "sparse": "[1]"}
+    more = ["--model.net", "Decoder", "--model.init", "fresh"]
+    more += [text for name, value in net.items() for text in (f"--model.net.{name}", str(value))]
+    code, _, err = run("fit", "-c", "distill", "--model.teacher", str(taught), *more, *SHORT)
+    assert code == 0, err
+    student = checkpoints.last(Path("runs"))
+    shutil.rmtree("taught")
+    for command, options in {"prune": ["--keep", "2"], "to-dense": ["--how", "mean"]}.items():
+        code, out, err = run(command, str(student), *options, "--batches", "2", "--out", f"{command}.ckpt")
+        assert code == 0, err
+        assert "held-out loss" in out
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_teacher(taught, distilled, run):
     """By the checkpoint alone, and by the saved settings; as one that never stopped."""
     whole = checkpoints.read(distilled)["state_dict"]
