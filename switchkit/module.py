@@ -106,7 +106,8 @@ class LanguageModule(L.LightningModule):
             "schedule": schedule,
             "final_lr": final_lr,
             "tokenizer": self.tokenizer,
-            "vocab_size": None if size == known else size,
+            # Kept where the tokenizer says the same: the weights stay so many if a smaller vocabulary goes on.
+            "vocab_size": vocab_size,
         }
         self.spec = {"class_path": full_path(type(self)), "init_args": describe(arguments, type(self).__name__)}
         self.vocab_size = size

@@ -209,7 +209,7 @@ def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> Non
 @pytest.mark.slow
 def test_another_vocabulary_has_other_ids(fine_tuned, capsys) -> None:
     letters = json.dumps({"class_path": "CharTokenizer", "init_args": {"characters": "w 0123456789"}})
-    path = fine_tuned("--data.tokenizer", letters, "--model.vocab_size", str(V))
+    path = fine_tuned("--data.tokenizer", letters)
     run(capsys, "export-hf", path, "--out", "back")
     config = json.loads(Path("back/config.json").read_text())
     assert [config[name] for name in ENDS] == [None, None, None, 0.125]
