@@ -28,6 +28,19 @@ class SignalAt(L.Callback):
             signal.raise_signal(self.number)
 
 
+class StopAt(L.Callback):
+    """Ends training after a batch, as `max_time` does, or after the validation of a batch, as `EarlyStopping` does."""
+
+    def __init__(self, batch: int, validation: bool) -> None:
+        self.batch, self.validation = batch, validation
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        trainer.should_stop |= not self.validation and trainer.fit_loop.total_batch_idx + 1 >= self.batch
+
+    def on_validation_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        trainer.should_stop |= self.validation and trainer.fit_loop.total_batch_idx + 1 == self.batch
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     return weights(fit(tmp_path_factory.mktemp("whole")))
@@ -78,6 +91,36 @@ def test_a_signal_in_the_last_validation_stops_there(tmp_path: Path) -> None:
         fit(tmp_path, InValidation(), steps=7, num_sanity_val_steps=0, limit_val_batches=1)
     assert (stopped.value.code, stopped.value.step) == (143, 7)
     assert checkpoints.read_settings(stopped.value.path)["step"] == 7
+
+
+EPOCH = {"every": 100, "steps": -1, "max_epochs": 1, "check_val_every_n_epoch": 1}
+STEPS = {"every": 100, "steps": 10, "accumulate_grad_batches": 4}
+
+
+@pytest.mark.parametrize(
+    ("batch", "validation", "options", "steps"),
+    [
+        (8, False, EPOCH, 8),
+        (14, True, EPOCH, 14),
+        (14, True, STEPS, 4),  # a validation in the middle of the fourth step
+        (6, False, STEPS, 2),  # in the middle of the second step
+        (26, False, STEPS, 8),  # in the middle of the first step of the second epoch, after a short one
+    ],
+)
+def test_a_run_that_a_callback_ends_goes_on_bit_identical(
+    tmp_path: Path, batch: int, validation: bool, options: dict[str, Any], steps: int
+) -> None:
+    """In the middle of an epoch of 25 batches, and after a whole step."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    uninterrupted = weights(fit(tmp_path / "a", **options))
+    fit(tmp_path / "b", StopAt(batch, validation), **options)
+    stopped = checkpoints.last(tmp_path / "b")
+    assert checkpoints.read_settings(stopped)["step"] == steps
+    assert torch.equal(weights(fit(tmp_path / "b", resume=True, **options)), uninterrupted)
+    ends = [checkpoints.read(checkpoints.last(tmp_path / part)) for part in ("a", "b")]
+    assert ends[0]["global_step"] == ends[1]["global_step"]
+    assert ends[0]["epoch"] == ends[1]["epoch"]
 
 
 def test_without_the_random_state_the_weights_differ(

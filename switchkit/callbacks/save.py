@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchkit.checkpoints import callback_state, settling_later
+from switchkit.optim import last_step
 from switchkit.step import NonFiniteError
 
 __all__ = ["SaveBest", "SaveLast", "checkpoint_folder"]
@@ -46,24 +47,42 @@ class SaveLast(Checkpoint):
         self.path: Path | None = None
         self._saved_at = -1
         self._stepped_at = 0
+        self._stops = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:
             self.path, self._saved_at = None, -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stepped_at = trainer.global_step
+        self._stepped_at, self._stops = trainer.global_step, False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Within a step gradients are gathered that no checkpoint holds.
+        stops = self._told_to_stop(trainer)
         if trainer.global_step == self._stepped_at:
             return
         self._stepped_at = trainer.global_step
         # The last step is saved here too: after it, Lightning counts a half-read epoch as done.
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        if stops or trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # `EarlyStopping` ends a run here.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._told_to_stop(trainer):
+            self.save(trainer)
+
+    def _told_to_stop(self, trainer: L.Trainer) -> bool:
+        """Whether a callback ends training here; in the middle of a step it ends with that step."""
+        loop = trainer.fit_loop
+        if loop._should_accumulate():
+            self._stops = self._stops or trainer.should_stop
+            trainer.should_stop = False
+            return False
+        trainer.should_stop = trainer.should_stop or self._stops
+        self._stops = False
+        return trainer.should_stop and loop._can_stop_early
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
@@ -111,13 +130,24 @@ class SaveBest(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warns of validations that fall into the middle of an optimizer step."""
         every, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
-        # An epoch's last step may be a short one.
-        ends = every == trainer.num_training_batches and trainer.check_val_every_n_epoch is not None
-        if isinstance(every, int) and every % accumulate and trainer.enable_validation and not ends:
+        epoch = trainer.num_training_batches  # infinite where the data have no length
+        if not isinstance(every, int) or not trainer.enable_validation:
+            return
+        # Steps begin anew with each epoch, and the last of one may be short. Where batches are counted on over epochs,
+        # validations come to each place in an epoch that is a multiple of the greatest common divisor.
+        counts_on = trainer.check_val_every_n_epoch is None and math.isfinite(epoch)
+        several = counts_on and last_step(trainer) > math.ceil(epoch / accumulate)
+        places = math.gcd(every, int(epoch)) if several else every
+        if places % accumulate and places != epoch:
+            why, anew = "", ""
+            if every % accumulate == 0:
+                why = f", as epochs of {epoch} batches end with a short one"
+                anew = "check_val_every_n_epoch 1 and "
             rank_zero_warn(
-                f"validation every {every} batches falls into the middle of optimizer steps of {accumulate}, whose "
-                "gradients best.ckpt does not hold: a run that goes on from it lacks a part of one step. last.ckpt is "
-                f"always saved between steps; a val_check_interval that is a multiple of {accumulate} avoids it"
+                f"validation every {every} batches falls into the middle of optimizer steps of {accumulate}{why}, "
+                "whose gradients best.ckpt does not hold: a run that goes on from it lacks a part of one step. "
+                "last.ckpt is always saved between steps; "
+                f"{anew}a val_check_interval that is a multiple of {accumulate} avoids it"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -96,10 +98,45 @@ def test_a_file_saved_by_hand_is_there_at_once(tmp_path: Path, monkeypatch: pyte
     assert step_of(tmp_path / "mine.ckpt") == 5
 
 
-def test_validation_within_a_step_is_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "every", "epochs", "steps", "told"),
+    [
+        (3, 7, None, 3, "validation every 7 batches falls into the middle of optimizer steps of 3, whose"),
+        (3, 7, 1, 3, "validation every 7 batches falls into the middle of optimizer steps of 3, whose"),
+        # 25 batches make an epoch, which ends with a short step.
+        (
+            4,
+            8,
+            None,
+            9,
+            "steps of 4, as epochs of 25 batches end .* check_val_every_n_epoch 1 and a",
+        ),
+        (4, 8, None, 7, None),
+        (4, 8, 1, 8, None),
+        (4, 25, None, 8, None),
+        (5, 10, None, 6, None),
+    ],
+)
+def test_validation_within_a_step_is_warned_of(
+    tmp_path: Path, accumulate: int, every: int, epochs: int | None, steps: int, told: str | None
+) -> None:
+    """Of each run that has one, and of no other."""
     source = data(tmp_path)
-    with pytest.warns(UserWarning, match="validation every 7 batches falls into the middle of optimizer steps of 3"):
-        trainer(tmp_path, steps=3, accumulate_grad_batches=3, val_check_interval=7).fit(module(source), source)
+    within: list[int] = []
+
+    class Watched(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if not trainer.sanity_checking and module._step.batches:
+                within.append(trainer.global_step)
+
+    options = {"accumulate_grad_batches": accumulate, "val_check_interval": every, "check_val_every_n_epoch": epochs}
+    loop = trainer(tmp_path, Watched(), steps=steps, limit_val_batches=1, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.fit(module(source), source)
+    found = [str(one.message) for one in caught if "falls into the middle" in str(one.message)]
+    assert bool(within) == bool(found) == bool(told)
+    assert all(re.search(told or "", one) for one in found)
 
 
 def test_a_metric_that_nobody_logs_is_told(tmp_path: Path) -> None:
