@@ -142,6 +142,8 @@ class LanguageModule(L.LightningModule):
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
         # What a run left behind that broke off in the middle of a step belongs to no other.
         self._step.clear()
+        if stage == "fit" and self._trainer is not None and self.global_step == 0:
+            self.train_routing.reset()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -213,6 +215,12 @@ class LanguageModule(L.LightningModule):
             nats = nats.masked_fill(~batch["valid"], 0)
         found = {"nats": nats, "best": logits.argmax(-1), "targets": batch["targets"]}
         return found if batch.get("valid") is None else {**found, "valid": batch["valid"]}
+
+    def on_validation_start(self) -> None:
+        # One that broke off left its counts.
+        self.evaluation.reset()
+
+    on_test_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

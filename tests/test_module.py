@@ -236,6 +236,39 @@ def test_a_run_begins_after_an_evaluation(tmp_path: Path, before: str) -> None:
     assert "val/loss" in loop.callback_metrics
 
 
+class Break(L.Callback):
+    """As an exception, or Ctrl-C in a notebook, does."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.breaks)
+
+    def breaks(self, trainer: L.Trainer, *rest: Any) -> None:
+        if not trainer.sanity_checking:
+            raise KeyError("broke off")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_that_broke_off_is_no_part_of_the_next(tmp_path: Path, stage: str) -> None:
+    source = data(tmp_path)
+    model = module(source)
+    with pytest.raises(KeyError, match="broke off"):
+        trainer(tmp_path, Break("on_validation_batch_end"), steps=7).fit(model, source)
+    first, again = (getattr(trainer(tmp_path), stage)(model, source, verbose=False) for _ in range(2))
+    assert first == again
+
+
+def test_a_run_that_broke_off_is_no_part_of_the_next(tmp_path: Path) -> None:
+    """What it has counted since its last row."""
+    source = data(tmp_path)
+    model = module(source)
+    with pytest.raises(KeyError, match="broke off"):
+        trainer(tmp_path, Break("on_train_batch_end"), steps=7).fit(model, source)
+    counted: list[float] = []
+    model._log_training = lambda: counted.append(float(model.train_routing.load.sum()))
+    trainer(tmp_path, steps=2).fit(model, source)
+    assert counted == [2 * 2 * 4 * 8]  # tokens of two steps, in two layers
+
+
 def test_validation_in_bfloat16_is_summed_in_full(tmp_path: Path) -> None:
     source = data(tmp_path, context=8)
     model = module(source)
