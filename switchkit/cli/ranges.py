@@ -16,7 +16,7 @@ SEEDS = 2**32
 _Fits = Callable[[Any], bool]
 _TRAINER: dict[str, tuple[_Fits, str]] = {
     "accumulate_grad_batches": (lambda x: x >= 1, "a number of batches from 1"),
-    "log_every_n_steps": (lambda x: x >= 1, "a number of steps from 1"),
+    "log_every_n_steps": (lambda x: x >= 0, "a number of steps from 1, or 0 for no rows of train/*"),
     "check_val_every_n_epoch": (lambda x: x >= 1, "a number of epochs from 1, or null"),
     "val_check_interval": (lambda x: x > 0, "a number of batches from 1, or a share of them above 0"),
     "gradient_clip_val": (lambda x: x >= 0, "a number from 0, or null"),

@@ -27,7 +27,7 @@ def add_parts(cli: SwitchkitCLI, settings: Any) -> None:
             settings["enable_model_summary"] = False  # the opening table tells it
     if cli.command == "predict" and (cli.out is not None or not any(_writes(c) for c in own)):
         settings["callbacks"] = [*own, WritePredictions(cli.out)]
-    if settings.get("logger") in (None, True):
+    if settings.get("logger") in (None, True) and not settings.get("barebones"):
         # Lightning's own choice depends on what is installed.
         settings["logger"] = CSVLogger(settings["default_root_dir"], name="")
     plugins = settings.get("plugins")
@@ -48,7 +48,9 @@ def _wanted(callback: Callback, own: list[Callback], settings: Any) -> bool:
         Checkpoint: "enable_checkpointing",
         ModelSummary: "enable_model_summary",
     }
-    if any(isinstance(callback, kind) and settings.get(name) is False for kind, name in switches.items()):
+    # A barebones Trainer refuses all of them.
+    off = [kind for kind, name in switches.items() if settings.get("barebones") or settings.get(name) is False]
+    if isinstance(callback, tuple(off)):
         return False
     # A Trainer takes one bar only.
     like = next((kind for kind in (ProgressBar, ModelSummary) if isinstance(callback, kind)), type(callback))

@@ -90,8 +90,10 @@ def closing(cli: Any) -> None:
         return
     if best is not None:
         module.load_state_dict(read(best)["state_dict"])
-    # With limit_val_batches 0 there is nothing to evaluate on, and data of one's own may have none.
-    evaluates = is_overridden("val_dataloader", cli.datamodule) or is_overridden("val_dataloader", module)
+    # With limit_val_batches 0 there is nothing to evaluate on, and data of one's own may have none. A barebones Trainer
+    # returns nothing of what it evaluates.
+    held_out = is_overridden("val_dataloader", cli.datamodule) or is_overridden("val_dataloader", module)
+    evaluates = held_out and not trainer.barebones
     found = (trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0] if evaluates else {}
     written = None if module.tokenizer is None else sample(module, cli.datamodule)
     config = _config(trainer)

@@ -234,7 +234,7 @@ def test_errors_of_constructors_are_one_line_too(run, name):
     [
         ("--seed_everything", "-1", "seed_everything -1: expected an integer from 0 to 4294967295"),
         ("--trainer.accumulate_grad_batches", "0", "trainer.accumulate_grad_batches 0: expected a number of batches"),
-        ("--trainer.log_every_n_steps", "0", "trainer.log_every_n_steps 0: expected a number of steps from 1"),
+        ("--trainer.log_every_n_steps", "-1", "trainer.log_every_n_steps -1: expected a number of steps from 1, or 0"),
         ("--trainer.check_val_every_n_epoch", "0", "trainer.check_val_every_n_epoch 0: expected a number of epochs"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0: expected a number of batches from 1"),
         ("--trainer.gradient_clip_val", "-1", "trainer.gradient_clip_val -1"),

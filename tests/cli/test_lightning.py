@@ -231,6 +231,15 @@ def test_a_run_that_was_at_its_end_says_so(folder, run, unit, most, reached):
     assert "Result" not in out
 
 
+@pytest.mark.parametrize(("bare", "result"), [("false", "Result on the "), ("true", "Result, with no validation")])
+def test_a_run_without_rows_of_training(folder, run, bare, result):
+    code, out, err = run("fit", *SMALL, "--trainer.log_every_n_steps", "0", "--trainer.barebones", bare)
+    assert code == 0, err
+    assert result in out
+    assert Path("runs/version_0/metrics.csv").exists() == (bare == "false")
+    assert bool(list(Path("runs").rglob("last.ckpt"))) == (bare == "false")
+
+
 def test_validate_prints_the_loss(runs, run):
     checkpoint = str(runs / "version_0" / "checkpoints" / "last.ckpt")
     code, out, _ = run("validate", "--plugins", "mine", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
