@@ -135,8 +135,9 @@ class LanguageModule(L.LightningModule):
         data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and data is not None and described_data(data) is None:
             rank_zero_warn(
-                f"{type(data).__name__} cannot be written into a checkpoint (it was made with more than numbers, text "
-                "and parts): commands on this run's checkpoints need --data again"
+                f"{type(data).__name__} cannot be written into a checkpoint (an argument of it is neither an attribute "
+                "of that name nor kept by save_hyperparameters(), or more than numbers, text and parts): commands on "
+                "this run's checkpoints need --data again"
             )
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]

@@ -75,24 +75,47 @@ def describe(value: Any, where: str = "value") -> Any:
 
 
 def describe_object(value: Any) -> dict[str, Any]:
-    """An object whose constructor's arguments are attributes of the same names; those it lacks are left out."""
-    names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
-    given = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    """An object whose constructor's arguments are attributes of the same names, or in Lightning's `hparams`; those that
+    are neither are left out."""
+    given, _ = _arguments(value)
     return {"class_path": full_path(type(value)), "init_args": {n: describe(v, n) for n, v in given.items()}}
 
 
 def described_data(data: L.LightningDataModule) -> dict[str, Any] | None:
-    """`describe_object` of a data module; None for one of somebody else's that was made with what is no plain data.
+    """`describe_object` of a data module; None for one that keeps an argument to itself, and for one of somebody
+    else's that was made with what is no plain data.
 
     Raises:
         ValueError: one of switchkit's kind was.
     """
+    if _arguments(data)[1]:
+        return None  # with defaults in place of what nobody knows, it would be other data
     try:
         return describe_object(data)
     except ValueError:
         if isinstance(data, ResumableData):
             raise
         return None
+
+
+def _arguments(value: Any) -> tuple[dict[str, Any], list[str]]:
+    """What an object's constructor was given, as far as the object says so, and the names of the rest."""
+    kept = {name: item for name, item in getattr(value, "hparams", {}).items() if not name.startswith("_")}
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
+    constructor = type(value).__init__
+    if constructor is L.LightningDataModule.__init__:
+        return known, unknown
+    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD and kept:
+            known |= {other: item for other, item in kept.items() if other not in known}
+        elif hasattr(value, name):
+            known[name] = getattr(value, name)
+        elif name in kept:
+            known[name] = kept[name]
+        else:
+            unknown.append(name)
+    return known, unknown
 
 
 def build(spec: Any) -> Any:

@@ -6,11 +6,12 @@ import json
 from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from switchkit import Balance, CharTokenizer, Decoder, Factor, MoELayer, Switch, TopK
-from switchkit.spec import build, describe, describe_object, find_class
+from switchkit.spec import build, describe, describe_object, described_data, find_class
 
 LAYER = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, train=1.5, eval=None), group=16)
 
@@ -60,6 +61,39 @@ def test_a_tokenizer_in_a_file_of_its_own_is_not_read() -> None:
     spec = {"class_path": "switchkit.data.subwords.FileTokenizer", "init_args": {"path": "/etc/passwd"}}
     with pytest.raises(ValueError, match="names a file: a checkpoint holds its vocabulary itself"):
         build(spec)
+
+
+class KeptData(L.LightningDataModule):
+    """Somebody's, whose arguments are where Lightning's idiom keeps them, or nowhere."""
+
+    def __init__(self, *, shift: int = 0, order: str = "given", keep: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=[] if keep else ["order"])
+
+
+class MoreData(L.LightningDataModule):
+    def __init__(self, **more: int) -> None:
+        super().__init__()
+        if more:
+            self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (KeptData(shift=2), {"shift": 2, "order": "given", "keep": True}),
+        (MoreData(shift=2), {"shift": 2}),
+        (L.LightningDataModule(), {}),
+    ],
+)
+def test_arguments_of_data_of_ones_own_are_found(data: L.LightningDataModule, arguments: dict[str, Any]) -> None:
+    assert described_data(data) == {**describe(type(data)), "init_args": arguments}
+
+
+@pytest.mark.parametrize("data", [KeptData(shift=2, keep=False), MoreData()])
+def test_data_that_keeps_an_argument_to_itself_has_no_description(data: L.LightningDataModule) -> None:
+    """Built from its defaults, it might be other data."""
+    assert described_data(data) is None
 
 
 def test_find_class() -> None:
