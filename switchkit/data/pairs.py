@@ -11,9 +11,10 @@ from switchkit.data.base import ResumableData, require_positive
 from switchkit.data.bytes import ByteTokenizer
 from switchkit.data.encoded_pairs import EncodedPairs, PairEncoder, TooLong, prefixes_of
 from switchkit.data.pair_loaders import BucketedPairs, PairsInOrder
-from switchkit.data.parallel import PairFiles, Parallel, find_parallel, read_parallel
+from switchkit.data.parallel import LANGUAGES, PairFiles, Parallel, find_parallel, read_parallel
 from switchkit.data.published import DataError
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.data.toy_languages import TOY_LANGUAGES
 
 __all__ = ["PairData"]
 
@@ -94,9 +95,13 @@ class PairData(ResumableData):
         if too_long not in ("skip", "cut"):
             raise DataError(f"data.too_long {too_long!r} is not possible; it must be skip or cut")
         own = ["target"] if isinstance(target, str) else list(target or ())
-        # A checkpoint says the languages that there were, of files of one's own too.
-        if source is not None and languages not in (None, own):
-            raise DataError("data.languages chooses from Multi30k; name those of your own files in data.target")
+        # A checkpoint says the languages that there were, chosen or not: files of one's own may take the place of any.
+        unchosen = (own, list(LANGUAGES), list(TOY_LANGUAGES[1:]))
+        if source is not None and languages is not None and list(languages) not in unchosen:
+            raise DataError(
+                "data.languages chooses from Multi30k; name those of your own files in data.target, and set "
+                "data.languages to null where a checkpoint has them"
+            )
         self.source, self.target = source, target
         self.val_source, self.val_target = val_source, val_target
         self.test_source, self.test_target = test_source, test_target

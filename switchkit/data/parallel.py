@@ -11,7 +11,7 @@ from pathlib import Path
 from switchkit.data.published import GZIP, DataError, NotAtHand, PublishedFile, decoded, find_published, sha256_of
 from switchkit.data.toy_languages import TOY_LANGUAGES, toy_languages
 
-__all__ = ["MULTI30K", "PARTS", "PairFiles", "Parallel", "find_parallel", "read_parallel"]
+__all__ = ["LANGUAGES", "MULTI30K", "PARTS", "PairFiles", "Parallel", "find_parallel", "read_parallel"]
 
 PARTS = ("train", "val", "test")
 
@@ -43,6 +43,9 @@ MULTI30K = {
     for name, (size, sha256) in _SUMS.items()
 }
 """Captions of photographs in English, German, French and Czech, by ``part.language`` (arXiv 1605.00459)."""
+
+LANGUAGES = tuple(dict.fromkeys(name.rpartition(".")[2] for name in MULTI30K if not name.endswith(".en")))
+"""What Multi30k is translated into."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,21 @@ def find_parallel(languages: Iterable[str] | None = None, *, fallback: bool = Fa
     downloaded (see `find_published`).
 
     Args:
-        languages: of de, fr, cs; None: all three.
+        languages: of de, fr, cs; None: all three. The toy languages, where `fallback` allows them: a checkpoint of a
+            run that took them says so, and means them wherever it is read.
         fallback: where a file cannot be had, the toy languages of `seed` instead of an error, whatever `languages` are.
         seed: of the toy languages.
 
     Raises:
         DataError: no such language, or a file that cannot be had, or one that is there and wrong.
     """
-    known = list(dict.fromkeys(name.rpartition(".")[2] for name in MULTI30K if not name.endswith(".en")))
-    wanted = tuple(known if languages is None else languages)
-    if not wanted or not set(wanted) <= set(known) or len(set(wanted)) < len(wanted):
-        raise DataError(f"data.languages {list(wanted)} is not possible; Multi30k has {', '.join(known)}, each once")
+    wanted = tuple(LANGUAGES if languages is None else languages)
+    if fallback and wanted == TOY_LANGUAGES[1:]:
+        return _toy(seed, "data.languages names them")
+    if not wanted or not set(wanted) <= set(LANGUAGES) or len(set(wanted)) < len(wanted):
+        raise DataError(
+            f"data.languages {list(wanted)} is not possible; Multi30k has {', '.join(LANGUAGES)}, each once"
+        )
     files = [MULTI30K[f"{_NAMES[part]}.{code}"] for part in PARTS for code in ("en", *wanted)]
     try:
         found = find_published(

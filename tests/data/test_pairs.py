@@ -357,6 +357,25 @@ def test_the_toy_languages_take_the_place_of_multi30k(monkeypatch: pytest.Monkey
         PairData().prepare_data()
 
 
+def test_a_description_of_the_toy_languages_builds_them_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SWITCHKIT_OFFLINE", "1")
+    monkeypatch.setenv("SWITCHKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("SWITCHKIT_DATA", raising=False)
+    data = PairData(fallback=True, seed=3)
+    found = build(describe_object(data)).keywords
+    again = PairData(**{**found, "tokenizer": None})
+    assert again.languages == ("qka", "qlu")
+    assert again.source_info()["sha256"] == data.source_info()["sha256"]
+
+
+@pytest.mark.parametrize("languages", [["de", "fr", "cs"], ["qka", "qlu"]], ids=["Multi30k", "toy"])
+def test_own_files_take_the_place_of_what_a_checkpoint_read(files: dict[str, str], languages: list[str]) -> None:
+    """It names all languages that there were, which nobody chose."""
+    given = pair_data(files)
+    again = pair_data(files, languages=languages)
+    assert again.languages == given.languages
+
+
 # What cannot be.
 
 
