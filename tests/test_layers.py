@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from switchkit import (
     CapacityPolicy,
+    Cosine,
     Dropless,
     Einsum,
     Factor,
+    GatedMlp,
     Hash,
     Linear,
     Mlp,
     MoELayer,
+    NoisyTopK,
     Router,
+    Soft,
     Sorted,
     Switch,
     TopK,
@@ -139,6 +143,16 @@ def test_valid_may_lie_in_memory_as_it_likes(router: object, dropped: str) -> No
     x, real = torch.randn(3, 5, 8), torch.arange(5) < 3
     for valid in (real.expand(3, 5), real.expand(3, 5).t().contiguous().t()):
         torch.testing.assert_close(layer(x, valid)[0], layer(x, valid.contiguous())[0])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("router", [Switch, Cosine, NoisyTopK, Soft])
+def test_the_meta_device_knows_the_shapes(router: type[Router]) -> None:
+    layer = MoELayer(8, 4, d_ff=6, router=router, experts=GatedMlp).to("meta")
+    y, routing = layer(torch.empty(2, 5, 8, device="meta"))
+    y.sum().backward()
+    assert (y.shape, routing.probs.shape) == ((2, 5, 8), (2, 5, 4))
+    assert layer.experts.w1.grad.is_meta
 
 
 def test_leaks_are_those_of_the_parts() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from switchkit.experts.base import ACTIVATIONS, Activation, Experts, check, init_linear
 from switchkit.experts.gated import gated
 from switchkit.experts.grouped import ends_of, grouped_linear, grouped_relu_mlp
+from switchkit.kernels.precision import autocasts
 from switchkit.records import Rows
 from switchkit.registry import register
 
@@ -84,7 +85,7 @@ class Mlp(_FeedForward):
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         plain = self.activation == "relu" and self.b1 is None and not (self.dropout and self.training)
-        if plain and rows.sizes is not None and not torch.is_autocast_enabled(rows.x.device.type):
+        if plain and rows.sizes is not None and not autocasts(rows.x.device):
             return grouped_relu_mlp(rows.x, self.w1, self.w2, rows.sizes)
         ends = ends_of(rows)
         hidden = ACTIVATIONS[self.activation](grouped_linear(rows.x, rows, self.w1, self.b1, ends))

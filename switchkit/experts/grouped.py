@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchkit.kernels.precision import autocasts
 from switchkit.kernels.usable import usable
 from switchkit.records import Rows
 
@@ -32,7 +33,7 @@ def grouped_linear(
     Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does. `ends`: `ends_of(rows)`, where
     several products share it.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dim() == 3:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from switchkit.kernels.precision import full_precision
 from switchkit.losses.base import Loss, one_of, over_layers
 from switchkit.records import Routing, count_tokens
 from switchkit.registry import register
@@ -37,7 +38,7 @@ def orthogonality(routing: Routing) -> Float[Tensor, ""]:
     """Mean squared cosine between the rows of two different experts; zero for one expert or without a real token."""
     rows = _router_rows(routing)
     # The training step may run under autocast, where the product would be rounded to half precision.
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows.device):
         rows = F.normalize(rows, dim=-1)
         cosine = rows @ rows.mT
     experts = len(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import ClassVar, Literal, Protocol
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.kernels.precision import full_precision
 from switchkit.records import Routing
 
 __all__ = [
@@ -131,12 +131,6 @@ class LinearRouter(Router):
         """What losses read of the router itself, for `token_choice(..., extras=...)`: "rows" [E, D], its weights."""
         # A copy: FSDP frees the gathered parameter after forward, before a loss reads it.
         return {"rows": self.weight.clone()}
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Outside autocast; nothing at all where there is none, for its context costs as much as a small product."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def project(x: Float[Tensor, "G S D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "G S E"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchkit.records import Routing
 from switchkit.registry import register
-from switchkit.routing.base import Router, check_k, softmax, token_choice
+from switchkit.routing.base import Router, check_k, full_precision, softmax, token_choice
 from switchkit.routing.token_choice import Normalize, check_normalize
 
 __all__ = ["Cosine"]
@@ -83,7 +83,7 @@ class Cosine(Router):
 
     def logits(self, tokens: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
         """Cosine over temperature, in float32 or better, experts first in memory."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             x = torch.mm(self.projection.to(dtype), tokens.to(dtype).flatten(0, 1).t())
             # A floor under the norms bounds the gradient of a token of zeros.

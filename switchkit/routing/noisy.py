@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchkit.records import Routing
 from switchkit.registry import register
-from switchkit.routing.base import LinearRouter, check_k, project, softmax, token_choice
+from switchkit.routing.base import LinearRouter, check_k, full_precision, project, softmax, token_choice
 
 __all__ = ["NoisyTopK"]
 
@@ -105,5 +105,5 @@ class NoisyTopK(LinearRouter):
         """Deviation of the noise on each logit."""
         if self.noise == "gaussian":
             return logits.new_full((), self.std).expand_as(logits)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             return F.softplus(project(tokens.to(logits.dtype), self.noise_weight))

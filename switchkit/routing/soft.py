@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from switchkit.records import Routing
 from switchkit.registry import register
-from switchkit.routing.base import Router
+from switchkit.routing.base import Router, full_precision
 
 __all__ = ["Soft", "soft"]
 
@@ -82,7 +82,7 @@ class Soft(Router):
     ) -> Routing:
         groups, size, _ = tokens.shape
         experts, slots = self.num_experts, self.slots
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             phi = self.phi.to(x.dtype).flatten(0, 1)
             if self.scale is not None:
