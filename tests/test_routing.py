@@ -18,6 +18,7 @@ from switchkit import (
     Random,
     RoundRobin,
     Router,
+    Sigmoid,
     Switch,
     TopK,
     named,
@@ -92,6 +93,16 @@ def test_scale_multiplies_what_is_normalised(policy: CapacityPolicy, normalize: 
                 p = float(r.probs[g, s, r.expert[g, n]])
                 expected = scale * {"before": p / raw, "after": p / (found or 1), "never": p}[normalize]
                 assert abs(float(r.weight[g, n]) - expected) < 1e-12 * scale
+
+
+@pytest.mark.parametrize("router", [TopK, Sigmoid])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_groups_take_a_batch_of_nothing(router: type[Router], shape: tuple[int, int]) -> None:
+    """An empty part of a batch, as the last one of a device."""
+    routing = router(D, 8, k=2, groups=2, top_groups=1)(
+        torch.zeros(*shape, D), None, torch.ones(shape, dtype=torch.bool)
+    )
+    assert routing.expert.shape == (shape[0], 2 * shape[1])
 
 
 @pytest.mark.parametrize("softmax", ["before", "after"])

@@ -19,7 +19,8 @@ def limit_to_groups(scores: Float[Tensor, "G S E"], groups: int, top_groups: int
     Elsewhere: litgpt fills with 0 in place of -inf, so that an expert outside the groups wins as soon as a negative
     bias takes those inside below 0.
     """
-    parts = scores.view(*scores.shape[:-1], groups, -1)
+    # The size is said: of no tokens it cannot be told.
+    parts = scores.view(*scores.shape[:-1], groups, scores.shape[-1] // groups)
     total = parts.topk(min(best, parts.shape[-1]), dim=-1).values.sum(-1)
     inside = torch.zeros_like(total, dtype=torch.bool).scatter(-1, total.topk(top_groups, dim=-1).indices, True)
     return parts.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
