@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from switchkit.records import Routing
 from switchkit.registry import register
-from switchkit.routing.base import LinearRouter, check_k, token_choice
+from switchkit.routing.base import LinearRouter, check_k, softmax, token_choice
 from switchkit.routing.grouping import check_groups, limit_to_groups
 
 __all__ = ["Sigmoid"]
@@ -101,5 +102,6 @@ class Sigmoid(LinearRouter):
         weight = affinity.gather(-1, expert)
         if self.normalize:
             weight = weight / (weight.sum(-1, keepdim=True) + TINY)
-        probs = affinity / (affinity.sum(-1, keepdim=True) + TINY)
+        # s / sum s, in logarithms: it adds up to 1, and its gradient is finite, where every s underflows too.
+        probs = softmax(F.logsigmoid(logits))
         return token_choice(logits, probs, expert, self.scale * weight, valid, extras=self.extras())

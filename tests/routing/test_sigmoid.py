@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchkit import Routing, Sigmoid
+from switchkit import Entropy, MutualInformation, Routing, Sigmoid
+from switchkit.losses.base import Loss
 from switchkit.routing.grouping import limit_to_groups
 
 D, E = 6, 8
@@ -155,7 +156,18 @@ def test_affinities_that_vanish_give_no_nan() -> None:
     torch.nn.init.constant_(router.weight, -1000.0)
     r = route(router, torch.ones(1, 2, D))
     assert (r.weight == 0).all()
-    assert (r.probs == 0).all()
+    assert torch.equal(r.probs, torch.full_like(r.probs, 1 / E))
+
+
+@pytest.mark.parametrize("logit", [-50.0, -90.0, 200.0])
+@pytest.mark.parametrize("loss", [Entropy(), Entropy(of="token"), MutualInformation()])
+def test_probabilities_add_up_to_one_at_any_logits_and_have_a_gradient(logit: float, loss: Loss) -> None:
+    router = Sigmoid(D, E)
+    torch.nn.init.constant_(router.weight, logit / D)
+    r = route(router, torch.ones(1, 2, D) + 1e-3 * torch.randn(1, 2, D))
+    torch.testing.assert_close(r.probs.sum(-1), torch.ones(1, 2))
+    loss([r]).backward()
+    assert router.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
