@@ -36,9 +36,10 @@ class Sinkhorn(LinearRouter):
     """The k best experts of a token after the scores of the group were evened out over the experts (S-BASE).
 
     In training Sinkhorn's iteration scales the rows and columns of ``exp(x W)`` until every real token of a group has
-    the same mass and every expert too; the choice is the top k of the result and has no gradient. In evaluation it is
-    the top k of the logits. Weights are of the raw logits: ``sigmoid`` for k = 1, for k >= 2 the ``softmax`` over all
-    experts at the chosen ones. It balances by itself, though not exactly: no balance loss is needed.
+    the same mass and every expert too; the choice is the top k of the result and has no gradient. In evaluation, and
+    where a group has one real token, it is the top k of the logits. Weights are of the raw logits: ``sigmoid`` for
+    k = 1, for k >= 2 the ``softmax`` over all experts at the chosen ones. It balances by itself, though not exactly: no
+    balance loss is needed.
 
     `iterations` is fixed, so that nothing waits for the device; 8 bring the masses of the experts to within 2 % at
     logits with a standard deviation of 2. `jitter` as in `switch`.
@@ -72,7 +73,9 @@ class Sinkhorn(LinearRouter):
         probs = softmax(logits)
         scores = logits.detach()
         if self.training:
-            scores = sinkhorn(scores, valid, self.iterations)
+            # Of one token alone all scores would be even, and the choice that of rounding.
+            several = (valid.sum(-1) > 1).view(-1, 1, 1)
+            scores = torch.where(several, sinkhorn(scores, valid, self.iterations), scores)
         expert = scores.topk(self.k, dim=-1).indices
         weight = (logits.sigmoid() if self.k == 1 else probs).gather(-1, expert)
         return token_choice(logits, probs, expert, weight, valid, extras=self.extras())

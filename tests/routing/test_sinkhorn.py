@@ -108,6 +108,13 @@ def test_training_is_even_where_the_best_expert_is_not() -> None:
     assert most[True] < 140
 
 
+def test_one_token_alone_goes_to_its_best_expert() -> None:
+    router, x = make(), torch.randn(20, 3, D, dtype=torch.float64)
+    valid = torch.tensor([True, False, False]).expand(20, 3)
+    r = router.train()(x, None, valid)
+    assert torch.equal(r.expert[:, 0], r.logits[:, 0].argmax(-1))
+
+
 def test_padding_and_other_groups_change_nothing() -> None:
     router, (x, valid) = make(k=2).train(), inputs()
     r = router(x, None, valid)
