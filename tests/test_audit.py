@@ -558,7 +558,8 @@ def test_a_saturated_router_is_a_fault_at_the_start_and_a_note_later():
     ("options", "value", "each", "expected"),
     [
         ({}, 1, 0.005, "ok"),
-        ({"layers": "sum"}, 2, 0.01, "fault"),
+        ({"layers": "sum"}, 2, 0.01, "ok"),
+        ({"layers": "sum", "weight": 0.1}, 2, 0.1, "note"),
         ({"layers": "sum", "weight": 0.005}, 2, 0.005, "ok"),
         ({"scale": "k"}, 2, 0.01, "fault"),
         ({"scale": "k", "layers": "sum"}, 4, 0.02, "fault"),
@@ -567,10 +568,11 @@ def test_a_saturated_router_is_a_fault_at_the_start_and_a_note_later():
     ],
 )
 def test_the_scale_of_the_balance_loss(options, value, each, expected):
-    """Two layers, two choices: a mean over layers gives each half the weight; k doubles it, a sum doubles it."""
+    """Two layers, two choices: a mean over layers gives each half the weight, a sum the paper's; k doubles either."""
     found = findings(TopK, losses=[partial(Balance, **options)])["scale of balance"]
     assert found.status == expected
     assert found.evidence.startswith(f"{value} at uniform routing")
+    assert found.fix.startswith("scale: one, or weight: 0.005" if expected == "fault" else "")
     if options.get("choices") != "first":
         assert f", {each:g} for each of 2 layers" in found.evidence
     assert "arXiv 2101.03961" in found.evidence

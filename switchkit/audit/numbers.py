@@ -167,22 +167,21 @@ def scales(probe: Probe) -> Iterator[Finding]:
             rise = float(balance(one)) - 1
             if rise > 1e-9:
                 moved = float(loss([*even[:index], one, *even[index + 1 :]]).detach())
-                shares.append(weight * (moved - value) / rise)
-        each = f", {shares[0]:.3g} for each of {len(even)} layers" if shares and _same(shares) else ""
-        if shares and not each:
-            each = ", by layer " + ", ".join(f"{share:.3g}" for share in shares)
+                shares.append((moved - value) / rise)
+        alike = bool(shares) and _same(shares)
+        each = f", {weight * shares[0]:.3g} for each of {len(even)} layers" if alike else ""
+        if shares and not alike:
+            each = ", by layer " + ", ".join(f"{weight * share:.3g}" for share in shares)
         evidence = f"{told}{each} ({source}" + (")" if own is None else f", by default 1 * {own:g})")
-        if own is None or _same([weight * value, own]):
+        # A sum over layers, as the paper has it, weighs in each what the mean does in a model of one.
+        unit = shares[0] if alike and getattr(loss, "layers", "mean") == "sum" else value
+        if own is None or _same([weight * value, own]) or _same([weight * unit, own]):
             yield Finding(check, "ok", evidence)
-        elif _same([value, 1.0]):
+        elif _same([unit, 1.0]):
             yield Finding(check, "note", evidence, f"weight: {own:g}, unless meant")
         else:
-            fix = " and ".join(
-                f"{option}: {usual}"
-                for option, usual in (("layers", "mean"), ("scale", "one"))
-                if getattr(loss, option, usual) != usual
-            )
-            yield Finding(check, "fault", evidence, f"{fix or 'divide it'}, or weight: {own / value:.3g}")
+            fix = "divide it" if getattr(loss, "scale", "one") == "one" else "scale: one"
+            yield Finding(check, "fault", evidence, f"{fix}, or weight: {own / unit:.3g}")
 
 
 def _same(values: Sequence[float]) -> bool:
