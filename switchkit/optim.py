@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch import nn
 
+from switchkit.attention import RelativeBias
+from switchkit.experts.base import Experts
 from switchkit.routing.base import Router
 
 __all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "last_step", "learning_rate", "why_whole"]
@@ -72,16 +74,26 @@ def learning_rate(warmup: int, steps: int, schedule: str, final: float, step: in
 
 
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with and without weight decay: norms, biases, embeddings and routers are spared."""
+    """Parameters with and without weight decay: norms, biases, embeddings and routers are spared.
+
+    A relative position bias is spared as a bias, and so are the vectors of experts, such as gains.
+    """
     spared = {
         id(parameter)
         for part in module.modules()
-        if isinstance(part, (nn.Embedding, nn.LayerNorm, nn.RMSNorm, Router))
+        if isinstance(part, (nn.Embedding, nn.LayerNorm, nn.RMSNorm, RelativeBias, Router))
         for parameter in part.parameters()
     }
+    spared.update(id(vector) for part in module.modules() if isinstance(part, Experts) for vector in _vectors(part))
     decay: list[nn.Parameter] = []
     spare: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         bias = name.rpartition(".")[2] in ("bias", "b1", "b2")
         (spare if bias or parameter.dim() < 2 or id(parameter) in spared else decay).append(parameter)
     return decay, spare
+
+
+def _vectors(experts: Experts) -> Iterator[nn.Parameter]:
+    """Biases, gains and the like, one of each for an expert: stacked as [E, width] they look like matrices."""
+    always = {id(parameter) for parameter in experts.always_parameters()}
+    return (p for p in experts.parameters(recurse=False) if p.dim() == 2 and id(p) not in always)

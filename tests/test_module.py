@@ -14,7 +14,21 @@ import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
 
-from switchkit import Balance, CharTokenizer, Decoder, LanguageModule, Mlp, RouterZ, TextData, TopK, checkpoints
+from switchkit import (
+    Balance,
+    CharTokenizer,
+    Decoder,
+    EncoderDecoder,
+    LanguageModule,
+    Mlp,
+    MoELayer,
+    Null,
+    RouterZ,
+    Shared,
+    TextData,
+    TopK,
+    checkpoints,
+)
 from switchkit.callbacks import SaveLast
 from switchkit.callbacks.save import checkpoint_folder
 from switchkit.losses.base import Loss
@@ -462,6 +476,32 @@ def test_decay_spares_norms_biases_embeddings_and_routers() -> None:
     assert {names[id(p)] for p in decay} == {f"net.blocks.{i}.{name}" for i in (0, 1) for name in products}
     assert {names[id(p)] for p in decay + spare} == set(names.values())
     assert len(decay + spare) == len(names)
+
+
+class Gained(Mlp):
+    """With a gain and a shift of each expert's output."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.gain = torch.nn.Parameter(torch.ones(num_experts, d_model))
+        self.shift = torch.nn.Parameter(torch.zeros(num_experts, d_model))
+
+
+@pytest.mark.parametrize(
+    ("experts", "matrices"),
+    [
+        (Gained, {"w1", "w2"}),
+        (partial(Null, constant=1), {"gate", "routed.w1", "routed.w2"}),
+        (partial(Shared, mix="gate"), {"mix_weight", "routed.w1", "routed.w2", "shared.w1", "shared.w2"}),
+    ],
+)
+def test_decay_spares_stacked_vectors_and_relative_positions(experts: Any, matrices: set[str]) -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "num_heads": 2, "d_ff": 8, "num_experts": 4, "sparse": "every(1)"}
+    net = EncoderDecoder(11, **sizes, moe=partial(MoELayer, experts=experts))
+    names = {id(p): n for n, p in net.named_parameters()}
+    decay = {names[id(p)] for p in decay_groups(net)[0]}
+    assert {n.partition(".experts.")[2] for n in decay if ".experts." in n} == matrices
+    assert not any("relative" in name for name in decay)
 
 
 def test_learning_rate_in_closed_form() -> None:
