@@ -319,6 +319,14 @@ class LanguageModule(L.LightningModule):
         size = self.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         return origin.end_ids(self.hugging_face, size) if own is None else (own,)
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What an imported decoder was trained to find before each text, as transformers' tokenizer puts it; or none.
+
+        `generate` takes ids as they are; the command puts these before a prompt.
+        """
+        return origin.begin_ids(self.hugging_face, self.tokenizer, self.end_ids)
+
     # -- generation ----------------------------------------------------------------------------------------------
 
     def generate(

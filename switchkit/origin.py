@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.spec import build, describe_object
 
-__all__ = ["SPECIAL_IDS", "carried", "end_ids", "generation_of"]
+__all__ = ["SPECIAL_IDS", "begin_ids", "carried", "end_ids", "generation_of"]
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What belongs to the vocabulary, by the names that config.json and generation_config.json have for it."""
@@ -27,6 +27,16 @@ def end_ids(origin: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
         if found:
             return found
     return ()
+
+
+def begin_ids(origin: Mapping[str, Any], tokenizer: Tokenizer | None, ends: Sequence[int] = ()) -> tuple[int, ...]:
+    """The id that begins each text, where the files name it and the vocabulary's own file puts it there; else none.
+
+    `ends`: the ids that end a text, one of which may stand first in an empty one.
+    """
+    first = None if tokenizer is None else tokenizer.first_id
+    named = [part.get("bos_token_id") for part in (generation_of(origin), origin.get("config") or {})]
+    return (first,) if first is not None and first in named and first not in ends else ()
 
 
 def generation_of(origin: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -57,7 +57,8 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"--{given}: an encoder-decoder takes the likeliest token unless --temperature is given: give both, or "
             "neither"
         )
-    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, module.end_ids)) for prompt in read_prompts(options))
+    ends, begin = module.end_ids, module.begin_ids
+    jobs: Any = ((prompt, encoded(prompt, tokenizer, prefix, ends, begin)) for prompt in read_prompts(options))
     if options.prompt_file != "-":
         jobs = list(jobs)  # a mistake in the last line is told before the first text
     for index, (prompt, ids, tokens) in enumerate(_answered(options, module, iter(jobs), reads=prefix is not None)):

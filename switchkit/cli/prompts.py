@@ -84,8 +84,10 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Prompt]:
         raise UserError(f"{name} is empty: give one prompt a line")
 
 
-def encoded(prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None, end: Sequence[int] = ()) -> Tensor:
-    """The ids of a prompt; with a `prefix` those of a source, as an encoder reads it.
+def encoded(
+    prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None, end: Sequence[int] = (), begin: Sequence[int] = ()
+) -> Tensor:
+    """The ids of a prompt, after those of `begin`; with a `prefix` those of a source, as an encoder reads it.
 
     A source has the first of `end` behind it, and special tokens of the vocabulary, such as ``<extra_id_0>``, where
     they are written.
@@ -97,7 +99,8 @@ def encoded(prompt: Prompt, tokenizer: Tokenizer, prefix: Tensor | None, end: Se
 
     try:
         if prefix is None:
-            return tokenizer.encode(prompt.text)
+            ids = tokenizer.encode(prompt.text)
+            return torch.cat([ids.new_tensor(list(begin)), ids])
         parts = [prefix]
         for piece in re.split(r"(<[^<>\s]+>|\[[^\[\]\s]+\])", prompt.text):
             special = tokenizer.special_id(piece)

@@ -91,6 +91,12 @@ class FileTokenizer(Tokenizer):
         return self._eos_id
 
     @cached_property
+    def first_id(self) -> int | None:
+        """What the file's post-processor puts before a text, or, if that is nothing, behind it."""
+        found: list[int] = self._own.encode("", add_special_tokens=True).ids
+        return found[0] if found else None
+
+    @cached_property
     def sentinels(self) -> Sequence[int]:
         """The ids of ``<extra_id_0>``, ``<extra_id_1>`` and so on, as far as the file has them."""
         found = (self._own.token_to_id(SENTINEL.format(index)) for index in count())

@@ -46,6 +46,11 @@ class Tokenizer(ABC):
         return None
 
     @property
+    def first_id(self) -> int | None:
+        """What the vocabulary's own file puts before a text, as Llama's ``<s>``; `encode` leaves it out."""
+        return None
+
+    @property
     def start_id(self) -> int | None:
         """What a decoder is given first: as in T5, `pad_id`."""
         return self.pad_id

@@ -148,6 +148,43 @@ def test_a_vocabulary_goes_along(saved, tmp_path, capsys) -> None:
     import_hf(tmp_path / "m", tokenizer=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "named", "begin"),
+    [
+        ("<s> $A", 1, (1,)),
+        ("<s> $A </s>", 1, (1,)),
+        ("<s> $A", None, ()),
+        ("$A </s>", 1, ()),
+        ("$A </s>", 2, ()),
+        (None, 1, ()),
+    ],
+)
+def test_a_text_begins_as_the_vocabulary_has_it(
+    saved, tmp_path, capsys, monkeypatch, template: str | None, named: int | None, begin: tuple[int, ...]
+) -> None:
+    """With <s>, which its file puts before each text, if config.json names it too; an end behind a text is none."""
+    tokenizers = pytest.importorskip("tokenizers")
+    shutil.copytree(saved("llama").folder, tmp_path / "m")
+    words = {f"w{i}": i for i in range(3, V)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template is not None:
+        special = [("<s>", 1), ("</s>", 2)]
+        own.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+    own.save(str(tmp_path / "m/tokenizer.json"))
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "m" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": named}))
+    run(capsys, "import-hf", tmp_path / "m", "--out", tmp_path / "run.ckpt")
+    assert LanguageModule.load_from_checkpoint(tmp_path / "run.ckpt").begin_ids == begin
+    given: list[list[int]] = []
+    monkeypatch.setattr(LanguageModule, "generate", lambda self, ids, *_, **__: given.append(ids.tolist()) or iter([9]))
+    argv = ["generate", "--ckpt_path", str(tmp_path / "run.ckpt"), "--prompt", "w4 w5", "--json"]
+    assert main(argv) == 0
+    assert given == [[*begin, 4, 5]]
+    assert json.loads(capsys.readouterr().out) == {"prompt": "w4 w5", "text": " w9"}
+
+
 def test_like_another_folder(saved, tmp_path, capsys) -> None:
     net = partial(
         Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, sparse=[], norm="rms", context=8,
