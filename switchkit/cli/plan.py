@@ -57,7 +57,15 @@ def run(command: str, argv: Sequence[str]) -> int:
         given = {"nodes": options.nodes, "gpus": options.gpus, "gpu": asdict(gpu), "work": asdict(work)}
         print(json.dumps({**given, "headroom": options.headroom, **plan_values(made)}, indent=2))
     else:
-        plan_tables(made, found.module.net, work, gpu, options.nodes, options.gpus, options.headroom, options.all)
+        given = {
+            "trainer.precision": options.precision,
+            "trainer.accumulate_grad_batches": options.accumulate,
+            "data.batch_size": options.batch_size,
+            f"data.{found.length}": options.context,
+        }
+        more = "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+        machine = options.nodes, options.gpus, options.headroom
+        plan_tables(made, found.module.net, work, gpu, *machine, options.all, more)
     return 0 if made.fits else 1
 
 

@@ -17,6 +17,7 @@ from switchkit.cli.teacher import distils
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.report import context_of
+from switchkit.report.run import length_name
 
 __all__ = ["Planned", "planned"]
 
@@ -30,6 +31,8 @@ class Planned:
     context: int
     precision: Any
     accumulate: int
+    length: str = "context"
+    """The option of its data that says how long a sequence is."""
 
 
 def planned(argv: Sequence[str], hf_config: str | None, context: int | None) -> Planned:
@@ -66,6 +69,7 @@ def planned(argv: Sequence[str], hf_config: str | None, context: int | None) -> 
         context_of(cli),
         trainer.precision,
         int(trainer.accumulate_grad_batches or 1),
+        length_name(cli.datamodule),
     )
 
 

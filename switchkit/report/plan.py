@@ -21,9 +21,12 @@ LEGEND = "16x8 ep4 ac: data_parallel_replicate 16, each copy over 8, expert_para
 
 
 def plan_tables(
-    plan: Plan, net: nn.Module, work: Work, gpu: Gpu, nodes: int, gpus: int, headroom: float, every: bool
+    plan: Plan, net: nn.Module, work: Work, gpu: Gpu, nodes: int, gpus: int, headroom: float, every: bool, more: str
 ) -> None:
-    """Print what was counted: the model and the machine, what fits, why the rest does not."""
+    """Print what was counted: the model and the machine, what fits, why the rest does not.
+
+    `more`: options of `fit`, each after a space, that were asked for beside the recipe's.
+    """
     out = console()
     counts = plan.counts
     step = nodes * gpus * work.tokens * work.accumulate
@@ -59,7 +62,7 @@ def plan_tables(
     if not every and len(plan.refused) > SHOWN:
         out.print(f"  ... and {len(plan.refused) - SHOWN} more sizes that do not divide: --all")
     if plan.fits:
-        out.print(f"the fastest: {trainer_options(plan.fits[0], nodes, gpus)}", highlight=False, soft_wrap=True)
+        out.print(f"the fastest: {trainer_options(plan.fits[0], nodes, gpus)}{more}", highlight=False, soft_wrap=True)
 
 
 def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:

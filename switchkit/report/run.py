@@ -29,7 +29,7 @@ from switchkit.report.tables import (
 )
 from switchkit.report.twins import twin_rows
 
-__all__ = ["checkpoint_line", "closing", "context_of", "describe", "opening", "part_of", "predicted"]
+__all__ = ["checkpoint_line", "closing", "context_of", "describe", "length_name", "opening", "part_of", "predicted"]
 
 
 def checkpoint_line(path: str) -> None:
@@ -164,8 +164,12 @@ def _net(module: Any) -> Any:
 
 def context_of(cli: Any) -> int:
     """Tokens that attention runs over: of the data's windows, sources or longest sentences; else the model's most."""
-    lengths = (getattr(cli.datamodule, name, 0) for name in ("context", "inputs_length", "max_source"))
-    return int(next(filter(None, lengths), 0) or getattr(_net(cli.model), "context", 1))
+    return int(getattr(cli.datamodule, length_name(cli.datamodule), 0) or getattr(_net(cli.model), "context", 1))
+
+
+def length_name(data: Any) -> str:
+    """The option of the data that says how long their sequences are."""
+    return next((name for name in ("context", "inputs_length", "max_source") if getattr(data, name, 0)), "context")
 
 
 def _length(trainer: Any) -> str:

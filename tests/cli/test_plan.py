@@ -62,6 +62,19 @@ def test_json_says_all_of_it(run):
         assert one["seconds_per_token"] == pytest.approx(one["seconds"]["total"] / (2 * 3 * 64))
 
 
+def test_the_fastest_has_all_that_was_asked_for(run):
+    """In another precision, or of another length, the arrangement may need twice the memory."""
+    asked = ["--precision", "bf16-true", "--batch_size", "2", "--context", "8", "--accumulate", "3"]
+    end = " --trainer.precision bf16-true --trainer.accumulate_grad_batches 3 --data.batch_size 2 --data."
+    code, out, err = run("plan", *SMALL, "--gpus", "2", *asked)
+    assert code == 0, err
+    assert out.splitlines()[-1].endswith(f"{end}context 8")
+    for name, length in (("t5_span", "inputs_length"), ("t5_translate", "max_source")):
+        code, out, err = run("plan", "--config", name, "--gpus", "2", *asked)
+        assert code == 0, err
+        assert out.splitlines()[-1].endswith(f"{end}{length} 8")
+
+
 @pytest.mark.slow
 def test_the_fastest_trains(run):
     """Its options are those of `fit`."""
