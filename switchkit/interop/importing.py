@@ -51,7 +51,8 @@ def import_hf(
 
     Raises:
         ValueError: no such folder, a damaged or hostile one, a model_type that is not known, a setting that is not
-            built here, tensors that are missing, unexpected, or of another shape.
+            built here, tensors that are missing, unexpected, or of another shape, a tokenizer with more ids than the
+            model.
     """
     source = Folder(folder)
     values = read_object(source.config_path)
@@ -59,7 +60,14 @@ def import_hf(
     config = Config(_with_start(values, generation), tensors=len(source.tensors))
     family = family_of(config)
     plan = family.plan(config, family.tied(config) and not _own_head(source), context)
-    module = build_module(plan, _tokenizer(source) if tokenizer else None)
+    vocabulary = _tokenizer(source) if tokenizer else None
+    if vocabulary is not None and vocabulary.vocab_size > plan.vocab_size:
+        raise ValueError(
+            f"tokenizer.json has {vocabulary.vocab_size} ids, and config.json vocab_size={plan.vocab_size}: the model "
+            "has no weights for the others. Leave the tokenizer out (--no_tokenizer), or give the model more rows with "
+            "resize_token_embeddings of transformers"
+        )
+    module = build_module(plan, vocabulary)
     table = list(_matched(family, config, module.net, source))
     module.load_state_dict({f"net.{name}": tensor for name, tensor in _tensors(table, source)}, assign=True)
     module.hugging_face = {"config": values, "generation": generation}

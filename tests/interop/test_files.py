@@ -142,6 +142,10 @@ def test_a_vocabulary_goes_along(saved, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith("a b")
     run(capsys, "import-hf", tmp_path / "m", "--out", tmp_path / "plain.ckpt", "--no_tokenizer")
     assert LanguageModule.load_from_checkpoint(tmp_path / "plain.ckpt").tokenizer is None
+    own.add_special_tokens([f"<{i}>" for i in range(V)])
+    own.save(str(tmp_path / "m/tokenizer.json"))
+    with pytest.raises(ValueError, match=f"tokenizer.json has {V + 5} ids, and config.json vocab_size={V}: .*--no_tok"):
+        import_hf(tmp_path / "m")
     (tmp_path / "m/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer"):
         import_hf(tmp_path / "m")
