@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -28,7 +28,8 @@ def checkpoint_folder(trainer: L.Trainer) -> Path:
 class SaveLast(Checkpoint):
     """Saves ``last.ckpt`` every so many optimizer steps and at the end of training, always between two steps.
 
-    `CleanStop` uses it when a run is told to stop. Weights that are not finite are never saved over good ones.
+    `CleanStop` uses it when a run is told to stop. Weights that are not finite are never saved over good ones. It holds the
+    weights to go on from; those that `StochasticWeightAveraging` ends with are saved as ``averaged.ckpt``.
 
     Args:
         every_n_steps: 25 steps are a few seconds of a small run, and little to lose.
@@ -84,8 +85,16 @@ class SaveLast(Checkpoint):
         self._stops = False
         return trainer.should_stop and loop._can_stop_early
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Of the last epoch: at the very end callbacks that average weights have put their averages into the model.
+        done = trainer.fit_loop.epoch_progress.current.processed
+        if trainer.should_stop or done >= (trainer.max_epochs or -1) > 0:
+            self.save(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
+        if _holds_average(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(trainer.strategy.broadcast(checkpoint_folder(trainer) / "averaged.ckpt"))
 
     def save(self, trainer: L.Trainer) -> None:
         """Save now, unless this very step was saved or there was no step yet. Call it between two steps only."""
@@ -103,6 +112,12 @@ class SaveLast(Checkpoint):
         with settling_later(trainer):
             trainer.save_checkpoint(path, weights_only=False)
         self.path = path
+
+
+def _holds_average(trainer: L.Trainer) -> bool:
+    """Whether `StochasticWeightAveraging` has come to its end, and put its average into the model, and nowhere else."""
+    found = (c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    return any(trainer.current_epoch > c.swa_end or math.isinf(c.swa_end) for c in found)
 
 
 def _finite(weights: Tensor) -> bool:

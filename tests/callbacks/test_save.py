@@ -12,7 +12,9 @@ from typing import ClassVar
 
 import lightning as L
 import pytest
-from small import data, module, trainer
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from small import data, module, trainer, weights
 
 from switchkit import checkpoints
 from switchkit.callbacks import SaveBest, SaveLast, defaults
@@ -156,6 +158,34 @@ def test_fast_dev_run_saves_nothing(tmp_path: Path) -> None:
 def test_bad_interval() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be at least 1; got 0"):
         SaveLast(0)
+
+
+class Raw(L.Callback):
+    """The weights that training has come to, before a callback averages them."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: object) -> None:
+        self.weights = weights(module)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+def test_weights_to_go_on_from_are_kept_beside_averages(tmp_path: Path) -> None:
+    """Of a run that ends with its epochs, between two saves and with one."""
+    for every, averaging in ((100, EMAWeightAveraging(decay=0.5)), (25, StochasticWeightAveraging(1e-2, 1)),
+                             (100, StochasticWeightAveraging(1e-2, 1))):  # fmt: skip
+        folder = tmp_path / f"{type(averaging).__name__}{every}"
+        folder.mkdir()
+        source, raw = data(folder), Raw()
+        model = module(source)
+        trainer(folder, raw, averaging, every=every, steps=-1, max_epochs=1).fit(model, source)
+        ema = isinstance(averaging, EMAWeightAveraging)
+        files = folder / "version_0/checkpoints"
+        last = read(files / "last.ckpt")["current_model_state" if ema else "state_dict"]
+        assert torch.equal(torch.cat([last[name].flatten() for name, _ in model.named_parameters()]), raw.weights)
+        averaged = read(files / ("last.ckpt" if ema else "averaged.ckpt"))["state_dict"]
+        ended = torch.cat([averaged[name].flatten() for name, _ in model.named_parameters()])
+        assert torch.equal(ended, weights(model))
+        assert not torch.equal(ended, raw.weights)
+        assert (files / "averaged.ckpt").exists() != ema
 
 
 class Told(L.Callback):
