@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["import_plugins", "importable", "load_entry_points", "split_plugins"]
+__all__ = ["anywhere", "import_plugins", "importable", "load_entry_points", "split_plugins"]
 
 _GROUP = "switchkit.plugins"
 
@@ -31,22 +32,29 @@ def load_entry_points() -> int:
     return len(points)
 
 
-def import_plugins(names: Iterable[str], where: str = "plugins") -> None:
-    """Import modules by name; one of a file's name (``my_file.py``) is taken for the module.
+def import_plugins(names: Iterable[str], where: str = "plugins", folder: Path | None = None) -> None:
+    """Import modules by name; a file (``my_file.py``) is imported as the module of its name.
+
+    Args:
+        names: of modules or files.
+        where: what an error says named them.
+        folder: where files are sought that are not in the working directory.
 
     Raises:
-        UserError: one does not exist or fails when imported.
+        UserError: one does not exist or fails when imported; another module has a file's name.
     """
     for name in names:
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: expected the name of a module, got {name!r}")
         module = name
-        if name.endswith(".py"):
-            path = Path(name)
+        path = _file(name, folder)
+        if path is not None:
+            if not path.is_file():
+                raise UserError(f"{where}: {name!r}: there is no such file in the working directory {os.getcwd()}")
             importable(path.resolve().parent)
             module = path.stem
         try:
-            importlib.import_module(module)
+            found = importlib.import_module(module)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
             if missing and not name.endswith(".py") and Path(name).is_file():
@@ -59,6 +67,35 @@ def import_plugins(names: Iterable[str], where: str = "plugins") -> None:
                 else f"{type(error).__name__}: {error}{_place(error)}"
             )
             raise UserError(f"{where}: cannot import {name!r}: {reason}") from error
+        if path is not None and not _is_of(found, path):
+            other = getattr(found, "__file__", None) or "a part of Python itself"
+            raise UserError(
+                f"{where}: {name!r} would be imported as {module!r}, which is {other}: give your file another name"
+            )
+
+
+def anywhere(name: str, folder: Path | None) -> str:
+    """A plugin as every other recipe and command line in the working directory finds it: one that lies beside the
+    recipe that named it, in `folder`, by its file."""
+    path = _file(name, folder) or (None if folder is None else folder / f"{name}.py")
+    if path is None or path.resolve().parent == Path.cwd() or not _is_of(sys.modules.get(path.stem), path):
+        return name
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
+def _file(name: str, folder: Path | None) -> Path | None:
+    """The file that a plugin's name is of; None: it is that of a module."""
+    if not name.endswith(".py"):
+        return None
+    path = Path(name)
+    return folder / path if folder is not None and not path.is_file() else path
+
+
+def _is_of(module: ModuleType | None, path: Path) -> bool:
+    """Whether a module was imported from a file."""
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve() == path.resolve()
 
 
 def importable(folder: Path) -> None:

@@ -15,7 +15,7 @@ from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Edit, Source, edit, is_spec, merge, merge_arguments, require, subconfig, target_of
 from switchkit.cli.options import new_file
-from switchkit.cli.plugins import import_plugins, load_entry_points
+from switchkit.cli.plugins import anywhere, import_plugins, load_entry_points
 from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
@@ -63,8 +63,8 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         sources = [settings, *sources, edit("model.teacher", str(teacher))]
         path = path or teacher
     tree = merge_all(sources, command)
-    plugins = [name for source in sources for name in _listed(source.values.get("plugins"))] + arguments.plugins
-    tree["plugins"] = list(dict.fromkeys(plugins)) or None
+    named = [anywhere(n, source.folder) for source in sources for n in _listed(source.values.get("plugins"))]
+    tree["plugins"] = list(dict.fromkeys(named + arguments.plugins)) or None
     if resumed is not None:
         tree["ckpt_path"] = str(resumed)
     elif begun is not None:
@@ -101,7 +101,7 @@ def gather(command: str, arguments: Arguments) -> list[Source]:
         named = source.values.get("plugins")
         if named is not None and not isinstance(named, (list, str)):
             raise UserError(f"{source.where('plugins')}: expected a list of modules, got {short(named)}")
-        import_plugins(_listed(named), source.where("plugins"))
+        import_plugins(_listed(named), source.where("plugins"), source.folder)
     import_plugins(arguments.plugins, "--plugins")
     _import_public()
     return [*sources, *arguments.sources()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,37 @@ def test_list_shows_a_plugin_s_parts(run, how):
     assert code == 0
     assert "mine_top_k" in out
     assert "Two experts, as I like it." in out
+
+
+def test_a_file_is_imported_and_no_other_module_of_its_name(folder, run):
+    Path("tok").mkdir()
+    Path("tok/token.py").write_text(Path("mine.py").read_text())
+    code, _, error = run("list", "routers", "--plugins", "tok/token.py")
+    assert code == 2
+    assert "--plugins: 'tok/token.py' would be imported as 'token', which is " in error
+    assert "token.py: give your file another name" in error
+    code, _, error = run("list", "routers", "--plugins", "tok/tokens.py")
+    assert code == 2
+    assert "--plugins: 'tok/tokens.py': there is no such file" in error
+
+
+@pytest.mark.parametrize("named", ["theirs", "theirs.py"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_lies_beside_a_recipe_is_found_by_what_comes_after(folder, run, named):
+    """By the saved settings and the commands that the run ends with."""
+    Path("sub").mkdir()
+    Path("mine.py").rename("sub/theirs.py")
+    router = "model: {init_args: {moe: {init_args: {router: mine_top_k}}}}"
+    Path("sub/own.yaml").write_text(f"plugins: [{named}]\n{router}\n")
+    code, out, error = run("fit", "-c", "small.yaml", "-c", "sub/own.yaml")
+    assert code == 0, error
+    lines = [line.strip() for line in out.splitlines()]
+    sys.path[:] = [entry for entry in sys.path if not entry.endswith("sub")]
+    for name in ("switchkit test ", "switchkit fit "):
+        sys.modules.pop("theirs", None)
+        (line,) = (line for line in lines if line.startswith(name))
+        code, _, error = run(*shlex.split(line)[1:])
+        assert code == 0, error
 
 
 def test_entry_points_are_loaded(monkeypatch, run):
