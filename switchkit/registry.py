@@ -34,8 +34,10 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: give a part its short name.
 
     Raises:
-        ValueError: the name belongs to another class already (both import paths are named).
+        ValueError: no name; the name belongs to another class already (both import paths are named).
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"register needs a name in parentheses, such as @register('my_router'); got {name!r}")
 
     def decorate(cls: type[T]) -> type[T]:
         known = _table.get(name)

@@ -49,6 +49,13 @@ def test_every_kind_has_its_base() -> None:
         assert named(base)
 
 
+def test_a_name_is_needed() -> None:
+    """Without parentheses the class itself is the argument."""
+    for given in (mine(), "", None):
+        with pytest.raises(ValueError, match=r"needs a name in parentheses, such as @register\('my_router'\)"):
+            register(given)  # type: ignore[arg-type]
+
+
 def test_a_part_of_ones_own_is_a_part_like_any_other() -> None:
     cls = register("by_length")(mine())
     assert named(Router)["by_length"] is cls
