@@ -18,7 +18,7 @@ from switchkit import (
     TopK,
 )
 from switchkit.report import count
-from switchkit.report.tables import console, loads, model_table, rows_table
+from switchkit.report.tables import console, fallback_box, loads, model_table, rows_table, source_rows
 from switchkit.report.twins import twin_rows
 
 CONTEXT = 8
@@ -43,6 +43,18 @@ def test_the_table_names_parts_and_their_options() -> None:
         "factor (train 1.5, eval dropless, order first_choices), counted over the sequence",
     ):
         assert words in shown
+
+
+@pytest.mark.parametrize("info", [None, {}, {"path": "made up"}, {"generated": False}])
+def test_where_data_of_ones_own_came_from_may_be_said_in_any_words(info: dict[str, object] | None) -> None:
+    assert source_rows(info) == []
+    assert fallback_box(info) is None
+
+
+def test_generated_data_are_told() -> None:
+    console = Console(width=160, file=StringIO())
+    console.print(fallback_box({"generated": True}))
+    assert "generated text: of an unknown source." in console.file.getvalue()
 
 
 def rows_of(moe: object = None, **more: object) -> dict[str, str]:

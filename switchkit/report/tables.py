@@ -84,15 +84,15 @@ def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def source_rows(info: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [("data", str(info["description"]))] if info else []
+    return [("data", str(info["description"]))] if info and "description" in info else []
 
 
 def fallback_box(info: dict[str, Any] | None) -> Panel | None:
     """A box that says so when a run reads generated text in place of a published one."""
-    if not info or not info["generated"]:
+    if not info or not info.get("generated"):
         return None
     text = (
-        f"This run reads generated text: {info['description']}.\n"
+        f"This run reads generated text: {info.get('description', 'of an unknown source')}.\n"
         "Its losses say nothing about the real text. To use that, set SWITCHKIT_DATA, or name files of your own (data)."
     )
     return Panel(text, title="generated data", border_style="yellow", title_align="left")
