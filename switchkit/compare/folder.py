@@ -85,10 +85,11 @@ class Folder:
         return content
 
     def begin(self, content: Mapping[str, Any]) -> None:
-        """Write what the comparison is, its recipes first."""
+        """Write what the comparison is, its recipes first, each with its steps under the budget."""
         (self.path / "recipes").mkdir(parents=True, exist_ok=True)
         for name, tree in content["recipes"].items():
-            write_text(self.recipe(name), dump_yaml(tree))
+            trainer = {**tree["trainer"], "max_steps": content["steps"][name]}
+            write_text(self.recipe(name), dump_yaml({**tree, "trainer": trainer}))
         write_text(self.path / "comparison.json", json.dumps({"format": _FORMAT, **content}, indent=1))
 
     def same(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

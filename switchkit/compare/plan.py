@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
+
 from switchkit.cli.arguments import Arguments
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.lightning import SwitchkitCLI, build
@@ -127,12 +129,21 @@ def _sizes(loader: Any) -> tuple[float, float]:
 
 
 def _evaluated(data: Any, limit: float) -> int | None:
-    """How many batches of the held-out text a limit leaves; None: all."""
+    """How many batches of the held-out text a limit leaves; None: all.
+
+    Raises:
+        ValueError: a share of what has no length.
+    """
     if isinstance(limit, float) and limit == 1:
         return None
-    whole = len(data.val_dataloader())
-    count = limit if isinstance(limit, int) else int(limit * whole)
-    return count if count < whole else None
+    whole = sized_len(data.val_dataloader())
+    if whole is None and isinstance(limit, float):
+        raise ValueError(
+            f"trainer.limit_val_batches {limit}: the held-out data has no length to take a share of: give a number of "
+            "batches, or 1.0 for all"
+        )
+    count = int(limit if isinstance(limit, int) else limit * whole)
+    return count if whole is None or count < whole else None
 
 
 def context_of(data: Any, module: Any) -> int:

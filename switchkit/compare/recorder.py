@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -150,7 +149,7 @@ def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     module.eval()
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
-    most = limit if isinstance(limit, int) else None if limit == 1 else math.ceil(limit * len(loader))
+    most = limit if isinstance(limit, int) else None if limit == 1 else max(1, int(limit * len(loader)))
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         for index, batch in enumerate(islice(loader, most)):
             module.validation_step(trainer.strategy.batch_to_device(batch), index)

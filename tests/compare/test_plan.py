@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from switchkit.cli.compare import _notes
 from switchkit.compare.budget import Budget
 from switchkit.compare.definition import Entry
-from switchkit.compare.plan import composed, model_of, steps_of
+from switchkit.compare.folder import Folder
+from switchkit.compare.plan import _evaluated, composed, model_of, steps_of
 from switchkit.data import PairData
 
 pytestmark = [
@@ -45,6 +48,25 @@ def test_a_step_on_pairs_costs_the_mean_of_an_epoch_whatever_the_seed(lines: str
     tokens, source = (fmean(batch[name].numel() for batch in batches) for name in ("tokens", "source"))
     assert model.cost.tokens == pytest.approx(tokens, rel=0.05)
     assert model.cost.flops == pytest.approx(3 * model.counts.flops * (source + tokens) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1.0, None), (3, 3)])
+def test_held_out_data_may_have_no_length(limit: float, count: int | None) -> None:
+    endless = SimpleNamespace(val_dataloader=lambda: iter([]))
+    assert _evaluated(endless, limit) == count
+    with pytest.raises(ValueError, match="limit_val_batches 0.5: the held-out data has no length"):
+        _evaluated(endless, 0.5)
+
+
+def test_a_recipe_is_written_with_the_steps_of_its_run(tmp_path: Path) -> None:
+    tree = {"trainer": {"max_steps": 2000, "devices": 1}}
+    folder = Folder(tmp_path / "out")
+    folder.begin({"recipes": {"a": tree, "b": tree}, "steps": {"a": 3, "b": 7}})
+    written = {name: yaml.safe_load(folder.recipe(name).read_text("utf-8")) for name in "ab"}
+    assert written == {n: {"trainer": {"max_steps": steps, "devices": 1}} for n, steps in (("a", 3), ("b", 7))}
+    found = folder.found()
+    assert found is not None
+    assert found["recipes"]["a"] == tree
 
 
 @pytest.mark.parametrize(

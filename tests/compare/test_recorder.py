@@ -53,6 +53,14 @@ def test_points_counts_and_losses(tmp_path: Path) -> None:
     assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
 
 
+def test_a_share_of_the_batches_is_lightnings(tmp_path: Path) -> None:
+    recorder = Recorder(2)
+    runner, model = fit(tmp_path, recorder, steps=2, limit_val_batches=0.5)
+    assert len(runner.datamodule.val_dataloader()) == 3, "of which a half is one and a bit"
+    (found,) = runner.validate(model, datamodule=runner.datamodule, verbose=False)
+    assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
+
+
 def test_training_is_the_same_with_and_without_points(tmp_path: Path) -> None:
     # Jitter and dropout draw from the generator that evaluation must leave alone.
     for name in ("a", "b"):
