@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import MOE, NET, TOP2, data, module, trainer, weights
+from torch import nn
 
 from switchkit import (
     Balance,
@@ -111,10 +112,27 @@ class Own(Loss):
         return self.found
 
 
+class Learned(Loss, nn.Module):
+    """With a number that it would learn."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        Loss.__init__(self, 1.0)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Holds(Loss):
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.part = nn.Linear(2, 2)
+
+
 @pytest.mark.parametrize(
     ("losses", "text"),
     [
         (Balance, "losses must be a list of classes or functools.partials"),
+        ([Learned], "the loss Learned has parameters or buffers, which would be neither trained nor saved"),
+        ([Holds], "the loss Holds has parameters or buffers"),
         ([partial(Own, found=1.0, begun=False)], "the loss Own has no weight: call super"),
         ([partial(Own, found=0.5)], "the loss Own must return a tensor without dimensions; got 0.5"),
         ([partial(Own, found=[1, 2])], "the loss Own must return a tensor without dimensions; got \\[1, 2\\]"),

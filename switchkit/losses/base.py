@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchkit.records import Routing
 from switchkit.registry import name_of
@@ -24,7 +24,8 @@ class Loss:
     """A term of the training loss, computed from the records of all sparse layers and scaled by `weight` outside.
 
     `weight` may be changed during training by a schedule. Without sparse layers, and without a real token, the term
-    is zero.
+    is zero. A loss has no parameters of its own: they would be neither trained nor saved. What it is to learn belongs
+    into the router, which hands it on in the record's `extras`.
 
     Raises:
         ValueError: a weight that is negative or not finite.
@@ -54,7 +55,7 @@ def built(losses: Sequence[LossFactory]) -> list[Loss]:
     """The terms of the loss.
 
     Raises:
-        ValueError: no list, or a loss that lacks what `Loss` sets.
+        ValueError: no list, or a loss that lacks what `Loss` sets, or has parameters or buffers.
     """
     if not isinstance(losses, (list, tuple)):
         raise ValueError(f"losses must be a list of classes or functools.partials, such as [Balance]; got {losses!r}")
@@ -62,7 +63,20 @@ def built(losses: Sequence[LossFactory]) -> list[Loss]:
     for term in built:
         if not hasattr(term, "weight"):
             raise ValueError(f"the loss {type(term).__name__} has no weight: call super().__init__(weight) in its own")
+        if _holds_tensors(term):
+            raise ValueError(
+                f"the loss {type(term).__name__} has parameters or buffers, which would be neither trained nor saved: "
+                "put them into the router, and hand them on in the extras of its record"
+            )
     return built
+
+
+def _holds_tensors(term: Loss) -> bool:
+    """Whether a loss is, or has as an attribute, what torch would train or save."""
+    held = [term] if isinstance(term, nn.Module) else list(vars(term).values())
+    return any(
+        isinstance(part, nn.Parameter) or (isinstance(part, nn.Module) and bool(part.state_dict())) for part in held
+    )
 
 
 def names_of(losses: Sequence[Loss]) -> list[str]:
