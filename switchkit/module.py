@@ -27,6 +27,7 @@ from switchkit.losses.base import Loss, LossFactory, built, names_of
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
+from switchkit.models.order import RecordOrder
 from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, last_step, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
@@ -128,6 +129,7 @@ class LanguageModule(L.LightningModule):
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
         self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
         self._step = Step()
+        self._order: RecordOrder | None = None  # until the first batch of a run
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -141,10 +143,20 @@ class LanguageModule(L.LightningModule):
             )
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
+        self._listen(RecordOrder(self.net) if self.sparse_layers else None)
         # What a run left behind that broke off in the middle of a step belongs to no other.
         self._step.clear()
         if stage == "fit" and self._trainer is not None and self.global_step == 0:
             self.train_routing.reset()
+
+    def teardown(self, stage: str) -> None:
+        self._listen(None)
+
+    def _listen(self, order: RecordOrder | None) -> None:
+        """From now on until the next batch was checked."""
+        if self._order is not None:
+            self._order.close()
+        self._order = order
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -153,9 +165,24 @@ class LanguageModule(L.LightningModule):
         return self.net(tokens, **inputs).logits
 
     def _run(self, batch: Mapping[str, Tensor]) -> Output:
-        """The model on a batch: an encoder-decoder's has a source."""
+        """The model on a batch: an encoder-decoder's has a source.
+
+        Raises:
+            ValueError: it returns other than one record for each sparse layer, or, at a run's first batch, in another
+                order.
+        """
         source = {name: batch[name] for name in ("source", "source_valid") if name in batch}
-        return self.net(batch["tokens"], batch.get("valid"), **source)
+        out: Output = self.net(batch["tokens"], batch.get("valid"), **source)
+        if len(out.routings) != len(self.sparse_layers):
+            raise ValueError(
+                f"{type(self.net).__name__} returned {len(out.routings)} routing records for "
+                f"{len(self.sparse_layers)} sparse layers ({', '.join(self.sparse_layers)}): return one for each "
+                "MoELayer, in the order of named_modules; a layer cannot be left out, or called twice"
+            )
+        if self._order is not None:
+            self._order.check(out.routings)
+            self._order = None
+        return out
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:
         out, learned, named = self._learn(batch)

@@ -26,13 +26,16 @@ from switchkit import (
     Null,
     RouterZ,
     Shared,
+    Sigmoid,
     TextData,
     TopK,
     checkpoints,
 )
-from switchkit.callbacks import SaveLast
+from switchkit.callbacks import SaveLast, UpdateRouterBias
+from switchkit.callbacks.router_bias import bias_update
 from switchkit.callbacks.save import checkpoint_folder
 from switchkit.losses.base import Loss
+from switchkit.models import Output
 from switchkit.optim import check_optimizer, decay_groups, learning_rate
 from switchkit.sampling import sample
 from switchkit.step import NonFiniteError, Seen
@@ -142,6 +145,65 @@ def test_losses_that_are_none(tmp_path: Path, losses: Any, text: str) -> None:
     source = data(tmp_path)
     with pytest.raises(ValueError, match=text):
         module(source, losses=losses).training_step(next(iter(source.train_dataloader())), 0)
+
+
+class OwnNet(nn.Module):
+    """Somebody's, of two sparse layers that are called in another order than they stand in.
+
+    `records`: which of them it returns, and how often.
+    """
+
+    def __init__(self, vocab_size: int, *, moe: Any = None, records: str = "late early") -> None:
+        super().__init__()
+        self.records = records.split()
+        self.embed = nn.Embedding(vocab_size, 8)
+        self.late = (moe or MoELayer)(d_model=8, num_experts=3, d_ff=8)
+        self.early = (moe or MoELayer)(d_model=8, num_experts=3, d_ff=8)
+        self.head = nn.Linear(8, vocab_size)
+
+    def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Output:
+        x, found = self.embed(tokens), {}
+        for name in ("early", "late"):
+            y, found[name] = getattr(self, name)(x, valid, tokens)
+            x = x + y
+        return Output(self.head(x), tuple(found[name] for name in self.records))
+
+
+@pytest.mark.parametrize("method", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("records", "text"),
+    [
+        (
+            "early late",
+            "OwnNet returned the records .* in the order early, late; return them in .* named_modules: late, e",
+        ),
+        (
+            "late",
+            r"OwnNet returned 1 routing records for 2 sparse layers \(late, early\): return one for each MoELayer",
+        ),
+        ("late early late", "OwnNet returned 3 routing records for 2 sparse layers"),
+    ],
+)
+def test_records_are_one_for_each_layer_in_order(tmp_path: Path, method: str, records: str, text: str) -> None:
+    source = data(tmp_path)
+    model = module(source, net=partial(OwnNet, records=records))
+    with pytest.raises(ValueError, match=text):
+        getattr(trainer(tmp_path, steps=2, num_sanity_val_steps=0), method)(model, source)
+
+
+def test_layers_may_be_called_in_any_order(tmp_path: Path) -> None:
+    """And each router's bias moves by the load of its own layer."""
+    source = data(tmp_path)
+    model = module(source, net=OwnNet, moe=partial(MoELayer, router=partial(Sigmoid, k=1)), losses=[])
+    loads = {}
+    for name in ("late", "early"):
+        layer = model.net.get_submodule(name)
+        layer.register_forward_hook(lambda _layer, _given, out, name=name: loads.update({name: out[1].load.sum(0)}))
+    trainer(tmp_path, UpdateRouterBias(0.1), steps=1, num_sanity_val_steps=0, limit_val_batches=0).fit(model, source)
+    for name, load in loads.items():
+        assert torch.equal(model.net.get_submodule(name).router.bias, bias_update(load, 0.1))
+    assert not torch.equal(loads["late"], loads["early"])
+    assert [len(layer._forward_hooks) for layer in (model.net.late, model.net.early)] == [1, 1]
 
 
 class OwnStep(LanguageModule):

@@ -71,7 +71,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Output:
-    """What a model returns: logits [B, S, V], one record per sparse layer, in order, and the cache if one was given."""
+    """What a model returns: logits [B, S, V], one record for each `MoELayer`, in the order of the model's
+    `named_modules` (whatever order they are called in), and the cache if one was given."""
 
     logits: Float[Tensor, "B S V"]
     routings: tuple[Routing, ...]
@@ -79,7 +80,11 @@ class Output:
 
 
 class NetFactory(Protocol):
-    """Anything that builds a model for a vocabulary: `Decoder`, a `functools.partial` of it, a YAML part."""
+    """Anything that builds a model for a vocabulary: `Decoder`, a `functools.partial` of it, a YAML part.
+
+    The model is called with `tokens` [B, S] and `valid` [B, S] or None, and returns an `Output` with one record for
+    each of its `MoELayer`s, in the order of `named_modules`; an encoder-decoder also takes `source` and `source_valid`.
+    """
 
     def __call__(self, *, vocab_size: int, moe: MoEFactory | None) -> nn.Module: ...
 
