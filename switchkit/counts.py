@@ -56,7 +56,8 @@ def count(model: nn.Module, context: int) -> Counts:
         if isinstance(layer, MoELayer):
             k, every = layer.router.k, layer.num_experts
             always = {id(parameter) for parameter in layer.experts.always_parameters()}
-            held = sum(p.numel() for p in layer.experts.parameters() if id(p) not in always)
+            everyones = always | _common(layer.experts)
+            held = sum(p.numel() for p in layer.experts.parameters() if id(p) not in everyones)
             idle += held - held * k // every
             in_routed, in_shared = products(layer, context)
             experts += in_routed
@@ -97,8 +98,9 @@ def buffered(model: nn.Module, context: int) -> int:
 def products(layer: MoELayer, context: int) -> tuple[Fraction, int]:
     """Multiply-adds of one token in the routed experts, the load being even, and in those that every token meets.
 
-    Counted are stacked weights [E, in, out] and those of `nn.Linear`, as experts hold them. The first is a mean:
-    experts that choose take whole tokens of a group of `context` (or of the layer's own `group`) in training.
+    Counted are stacked weights [E, in, out] and those of `nn.Linear`, as experts hold them: one in a list of modules
+    is one expert's, any other is met by every row. The first is a mean: experts that choose take whole tokens of a
+    group of `context` (or of the layer's own `group`) in training.
     """
     rows, _, size = _rows(layer, context)
     always = {id(parameter) for parameter in layer.experts.always_parameters()}
@@ -106,8 +108,19 @@ def products(layer: MoELayer, context: int) -> tuple[Fraction, int]:
     gates = {id(gate) for gate in _constant_gates(layer)}
     matrices = [p for p in layer.experts.parameters() if (p.dim() == 3 or id(p) in linear) and id(p) not in gates]
     shared = sum(p.numel() for p in matrices if id(p) in always)
-    routed = sum(p.numel() for p in matrices) - shared
-    return Fraction(routed * rows, size * layer.num_experts), shared
+    every_row = _common(layer.experts)
+    for_rows = sum(p.numel() for p in matrices if id(p) in every_row and id(p) not in always)
+    routed = sum(p.numel() for p in matrices) - shared - for_rows
+    return Fraction(routed * rows, size * layer.num_experts) + Fraction(for_rows * rows, size), shared
+
+
+def _common(experts: nn.Module) -> set[int]:
+    """The ids of the parameters that experts of one's own share (a base under low-rank ones): those of every
+    `nn.Linear` that is in no list of modules."""
+    lists = (part for part in experts.modules() if isinstance(part, (nn.ModuleList, nn.ModuleDict)))
+    listed = {id(parameter) for part in lists for parameter in part.parameters()}
+    linear = (part for part in experts.modules() if isinstance(part, nn.Linear))
+    return {id(parameter) for part in linear for parameter in part.parameters()} - listed
 
 
 def _choosing(layer: MoELayer, context: int) -> Fraction:

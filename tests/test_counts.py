@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +16,7 @@ from switchkit import (
     Decoder,
     EncoderDecoder,
     ExpertChoice,
+    Experts,
     Factor,
     FeedForward,
     GatedMlp,
@@ -27,12 +28,14 @@ from switchkit import (
     Null,
     RoundRobin,
     Router,
+    Rows,
     Shared,
     Soft,
     TopK,
     named,
 )
 from switchkit.counts import Counts, buffered, count
+from switchkit.experts.grouped import grouped_linear
 
 V, D, H, F, E, S = 11, 16, 2, 24, 4, 8
 TWO = partial(TopK, k=2)
@@ -65,6 +68,24 @@ def run(model: nn.Module) -> int:
     return int(found // tokens.numel())
 
 
+class LowRank(Experts):
+    """One base for all experts, and to each a product of rank 3 of its own; or experts in a list of modules."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int, *, listed: bool = False) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.base = None if listed else nn.Linear(d_model, d_model)
+        self.listed = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(num_experts if listed else 0))
+        self.down = nn.Parameter(torch.zeros(num_experts, d_model, 3))
+        self.up = nn.Parameter(torch.zeros(num_experts, 3, d_model))
+
+    def forward(self, rows: Rows) -> Tensor:
+        low = grouped_linear(grouped_linear(rows.x, rows, self.down), rows, self.up)
+        if self.base is not None:
+            return low + self.base(rows.x)
+        parts = rows.x.split(rows.load.tolist())
+        return low + torch.cat([one(part) for one, part in zip(self.listed, parts, strict=True)])
+
+
 # Multiply-adds of a token, by hand: (experts, router and gates) of one sparse layer.
 MLP, GATED = 2 * D * F, 3 * D * F
 LAYERS = {
@@ -82,6 +103,8 @@ LAYERS = {
     "null, even load": (layer(router=EVEN, experts=partial(Null, zero=1, copy=1)), 2 * MLP * 2 // 4, 0),
     "constant, even load": (layer(router=EVEN, experts=partial(Null, zero=0, copy=0, constant=1)), MLP * 3 // 2, 4 * D),
     "linear": (layer(router=TWO, experts=Linear), 2 * D * D, E * D),
+    "low rank": (layer(router=TWO, experts=LowRank), 2 * (D * D + 2 * 3 * D), E * D),
+    "modules": (layer(router=TWO, experts=partial(LowRank, listed=True)), 2 * (D * D + 2 * 3 * D), E * D),
     "expert choice": (layer(router=ExpertChoice, capacity=None), 2 * MLP, E * D),
     "expert choice, one and a half": (layer(router=partial(ExpertChoice, capacity_factor=1.5)), MLP * 3 // 2, E * D),
 }  # fmt: skip
@@ -98,6 +121,13 @@ def test_sparse_layers_in_a_decoder(case: tuple[Any, int, int]) -> None:
     assert found.routers == 2 * 2 * router
     assert found.attention == 2 * attention
     assert run(model) == found.flops
+
+
+def test_what_experts_share_is_active_once() -> None:
+    shared, listed = (count(decoder(layer(router=TWO, experts=partial(LowRank, listed=x))), S) for x in (False, True))
+    one = 2 * 3 * D
+    assert shared.parameters - shared.active == 2 * (E - 2) * one
+    assert listed.parameters - listed.active == 2 * (E - 2) * (one + D * D + D)
 
 
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())

@@ -38,6 +38,9 @@ class Experts(nn.Module):
 
     `forward` takes rows in either layout of `Rows` and returns outputs in the same layout: zeros past ``load.sum()`` in
     the sorted one, anything past an expert's load in the padded one. An expert without a token gets a zero gradient.
+
+    Counts of operations take stacked weights, and modules in a `ModuleList`, for one expert's each; an `nn.Linear`
+    beside them for one that all share and every row meets; and `always_parameters` for what every token meets once.
     """
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
