@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import PACKAGE
 
 import switchkit
 from switchkit import MoELayer
@@ -88,6 +89,12 @@ def test_code_and_command_line_build_the_same_layer(name: str, published: bool) 
     assert described(layer) == described(model.net.get_submodule(model.sparse_layers[0]))
     parts = preset_parts(name, as_published=published)
     assert [(type(t), vars(t)) for t in model.losses] == [(type(t()), vars(t())) for t in parts.losses]
+
+
+def test_the_readme_counts_them() -> None:
+    text = " ".join((PACKAGE.parent / "README.md").read_text("utf-8").split())
+    assert (len(NAMES), len(LEAKING)) == (24, 10)
+    assert "names the 24 of them. Ten let a decoder see later tokens, and it refuses them:" in text
 
 
 @pytest.mark.parametrize("name", sorted(LEAKING))

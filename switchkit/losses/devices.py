@@ -48,7 +48,8 @@ class DeviceBalance(Loss):
     """The balance loss with the experts of a device taken together: devices even, experts on one of them free.
 
     ``sum_d f_d P_d`` over D devices, f_d the mean over its experts of E / (k T) times their choices, P_d the sum of
-    their mean probabilities. 1 at uniform probabilities, D / k at the worst (at least 1).
+    their mean probabilities. 1 at uniform probabilities, D min(E / D, k) / k at the worst: D where a device holds k
+    experts, D / k where it holds one.
 
     Args:
         weight: the factor of this term in the loss; 0.05 is the paper's.
