@@ -8,15 +8,17 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from shapes import PACKAGE, unchecked
 
-from switchkit import registry
+from switchkit import LanguageModule, MoELayer, checkpoints, registry
 from switchkit.registry import _all
-from switchkit.testing import Broken, check_capacity, check_router
+from switchkit.testing import Broken, check_capacity, check_dispatcher, check_experts, check_loss, check_router
 
 DOCS = PACKAGE.parent / "docs"
 
@@ -78,6 +80,52 @@ def test_the_tutorials_capacity_policy_passes_the_checks(folder: Path) -> None:
         check_capacity(policy, skip=needless, least=0.3)
         with pytest.raises(Broken, match="assignments that came, . expected: tokens are dropped without need"):
             check_capacity(policy, least=0.3)
+
+
+PARTS = ["my_low_rank", "my_even_load", "my_gather", "my_run"]
+"""The files of the page on parts of one's own."""
+
+
+@pytest.fixture
+def parts(folder: Path) -> None:
+    for name, text in zip(PARTS, blocks(DOCS / "your_own_parts.md"), strict=True):
+        assert text.startswith(f"# {name}.py")
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(
+    ("file", "name", "check"),
+    list(zip(PARTS, ("LowRank", "EvenLoad", "Gather"), (check_experts, check_loss, check_dispatcher), strict=False)),
+)
+def test_parts_of_ones_own_pass_the_checks(file: str, name: str, check: Any) -> None:
+    with unchecked():
+        check(getattr(importlib.import_module(file), name))
+
+
+# Lightning's advice on runs of a few steps.
+@pytest.mark.usefixtures("parts")
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|the number of training batches)")
+def test_a_model_data_and_a_callback_of_ones_own(folder: Path) -> None:
+    """They train with the page's parts, the checkpoint has the data, and the model writes."""
+    experts, loss, dispatcher, made = map(importlib.import_module, PARTS)
+    moe = partial(MoELayer, experts=experts.LowRank, dispatcher=dispatcher.Gather)
+    data, seen = made.Steps(step=3), made.Loads()
+    model = LanguageModule(partial(made.Net, num_experts=3), moe=moe, losses=[loss.EvenLoad], tokenizer=data.tokenizer)
+    quiet: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
+    given = {"callbacks": [seen], "accumulate_grad_batches": 2, "accelerator": "cpu", "default_root_dir": folder}
+    trainer = L.Trainer(max_steps=3, **quiet, **given)
+    trainer.fit(model, data)
+    assert [set(largest) for largest in seen.largest] == [{"late", "early"}] * 3
+    # An epoch is three batches: steps are of two, of one (of 2 sequences), and of two.
+    assert all(64 / 3 <= most <= 256 for largest in seen.largest for most in largest.values())
+    path = folder / "own.ckpt"
+    trainer.save_checkpoint(path)
+    ours = checkpoints.read(path)["switchkit"]
+    assert ours["data"]["init_args"] == {"step": 3, "batch_size": 4, "context": 32}
+    assert ours["source"] == {"description": "letters in steps of 3"}
+    again = LanguageModule.load_from_checkpoint(path)
+    assert len(list(again.generate(data.tokenizer.encode("abc"), 40))) == 40
 
 
 # Lightning's advice on runs of a few steps.
