@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
-from itertools import count, takewhile
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,8 @@ class FileTokenizer(Tokenizer):
 
     The content of the file becomes part of whatever is saved with it: a checkpoint, a folder of tokens. It is not
     looked for again. Special tokens that a text spells out are read as ordinary text, and nothing is put before or
-    after a text, cut off or drawn at random, whatever the file says about that: data modules do it where it belongs.
+    after a text, cut off or drawn at random, whatever the file says about that: data modules put the end of a text
+    where it belongs, and nobody a beginning of text.
     Decoding leaves out padding and the end, and writes sentinels and other special tokens as ``<extra_id_0>``.
 
     Args:
@@ -222,7 +224,28 @@ def _loaded(content: str, where: str) -> Any:
     own.encode_special_tokens = True
     if getattr(own.model, "dropout", None):
         own.model.dropout = None
+    _spell_special_tokens(own)
     return own
+
+
+def _spell_special_tokens(own: Any) -> None:
+    """Cut a special token that a text spells out behind its first character, for a model that has it as a piece.
+
+    The package no longer looks for it then, but the model may choose it: in files made of SentencePiece's it is the
+    likeliest of all pieces. A BPE model gets to a piece by merges, and has none for it.
+    """
+    package = tokenizers_package()
+    words = [token.content for token in own.get_added_tokens_decoder().values() if token.special]
+    words = sorted(word for word in words if len(word) > 1 and own.model.token_to_id(word) is not None)
+    if not words or isinstance(own.model, package.models.BPE):
+        return
+    cuts = [
+        f"{re.escape(first)}(?={'|'.join(re.escape(word[1:]) for word in several)})"
+        for first, several in groupby(words, key=lambda word: word[0])
+    ]
+    split = package.pre_tokenizers.Split(package.Regex("|".join(cuts)), "merged_with_previous")
+    before = [] if own.pre_tokenizer is None else [own.pre_tokenizer]
+    own.pre_tokenizer = package.pre_tokenizers.Sequence([*before, split])
 
 
 def _role(role: str, given: str | None, names: Iterable[str], ids: dict[str, int], where: str) -> int | None:

@@ -81,6 +81,24 @@ def test_decode_undoes_encode_and_no_text_gives_a_special_id(parts: list[str]) -
     assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
 
 
+@pytest.mark.parametrize("letters", ["acdefiprstx<>/_01", "acdefpst"], ids=["every letter", "unknown ones"])
+def test_a_special_token_that_is_a_piece_is_spelled_out(letters: str) -> None:
+    """As in T5's file, where these are the likeliest pieces, and the letters may be missing."""
+    special = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_1>"]
+    pieces = [(piece, 0.0) for piece in special] + [("\u2581", -2.0)] + [(letter, -3.0) for letter in letters]
+    own = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    own.decoder = tokenizers.decoders.Metaspace()
+    own.add_special_tokens(special)
+    tokenizer = FileTokenizer(content=own.to_str())
+    assert tokenizer.encode("fast cat").tolist() == own.encode("fast cat").ids
+    for text in ("a <s>fat</s> cat", "a<pad>", "<<pad>>", "</s></s>", "see <extra_id_0> x<extra_id_1>"):
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 3, 4} & set(ids.tolist())
+        if "<" in letters:
+            assert tokenizer.decode(ids) == text
+
+
 def test_decoding_leaves_out_the_ends_and_writes_sentinels(tokenizer: FileTokenizer) -> None:
     ids = [0, *tokenizer.encode("the"), 299, *tokenizer.encode(" fox"), 1, 0]
     assert tokenizer.decode(ids) == "the<extra_id_0> fox"
