@@ -101,12 +101,15 @@ def encoded(
         if prefix is None:
             ids = tokenizer.encode(prompt.text)
             return torch.cat([ids.new_tensor(list(begin)), ids])
-        parts = [prefix]
+        parts, text = [prefix], ""
         for piece in re.split(r"(<[^<>\s]+>|\[[^\[\]\s]+\])", prompt.text):
             special = tokenizer.special_id(piece)
-            parts.append(tokenizer.encode(piece) if special is None else prefix.new_tensor([special]))
-        parts.append(prefix.new_tensor(list(end[:1])))
-        return torch.cat(parts)
+            if special is None:
+                text += piece  # in one with what stands before it, as training encodes it
+                continue
+            parts += [tokenizer.encode(text), prefix.new_tensor([special])]
+            text = ""
+        return torch.cat([*parts, tokenizer.encode(text), prefix.new_tensor(list(end[:1]))])
     except ValueError as error:
         raise UserError(f"{prompt.where}: {error}") from error
 

@@ -16,9 +16,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from switchkit import CharTokenizer, Decoder, EncoderDecoder, Factor, LanguageModule, MoELayer, TopK
+from switchkit.cli.prompts import Prompt, encoded
 from switchkit.data import ByteTokenizer
 from switchkit.data.encoded_pairs import prefixes_of
 from switchkit.data.subwords import FileTokenizer
+from switchkit.data.text_files import TextFile
+from switchkit.data.train_tokenizer import train_tokenizer
 
 SIZES = {"d_model": 16, "num_heads": 2, "d_ff": 16, "num_experts": 2}
 NET = partial(Decoder, num_layers=2, context=24, **SIZES)
@@ -152,6 +155,17 @@ def test_what_was_taken_out_of_a_source_is_written_as_its_sentinel(folder, run):
     text = module.tokenizer.encode
     ids = torch.cat([text("a "), torch.tensor([383]), text(" b <none>"), torch.tensor([1])])
     assert out == module.tokenizer.decode(list(module.generate(ids, 20, temperature=0))) + "\n"
+
+
+def test_brackets_of_a_source_are_text_as_in_training(folder):
+    Path("text.txt").write_text("see [1] and <b>bold</b> things\n" * 9)
+    tokenizer = train_tokenizer([TextFile("text.txt")], 320, sentinels=2)
+    empty = torch.empty(0, dtype=torch.long)
+    found = encoded(Prompt("see [1] and <b>bold</b>", ""), tokenizer, empty, (1,))
+    assert found.tolist() == [*tokenizer.encode("see [1] and <b>bold</b>").tolist(), 1]
+    found = encoded(Prompt("see [1] <extra_id_0> <b>", ""), tokenizer, empty)
+    parts = [tokenizer.encode("see [1] "), torch.tensor([tokenizer.sentinel(0)]), tokenizer.encode(" <b>")]
+    assert found.tolist() == torch.cat(parts).tolist()
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):
