@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -337,6 +338,10 @@ def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bo
             check_inputs(net, data)
     with pytest.raises(ValueError, match="data.context 5 is longer than model.net.context 4"):
         check_inputs(own, type("Text", (), {"have_sources": False, "context": 5})())
+    pairs = type("Pairs", (), {"have_sources": True, "tokenizer": SimpleNamespace(start_id=1)})()
+    with pytest.raises(ValueError, match="set model.net.start_id to 1"):
+        check_inputs(EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[]), pairs)
+    check_inputs(EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[], start_id=1), pairs)
     # A subclass may make other batches.
     check_inputs(own, type("Mine", (type("Text", (), {"have_sources": True}),), {"context": 5})())
 

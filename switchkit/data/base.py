@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -36,7 +36,7 @@ class ResumableData(L.LightningDataModule, ABC):
         ValueError: a value out of range.
     """
 
-    have_sources: ClassVar[bool | None] = None
+    have_sources: bool | None = None
     """Whether batches have a `source`, which an encoder reads; None: nobody says, and the first batch shows."""
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -58,7 +58,7 @@ class PairData(ResumableData):
         ValueError: a value out of range, a source without a target; later, files that cannot be had, read or paired.
     """
 
-    have_sources: ClassVar[bool] = True
+    have_sources = True
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import ClassVar
 
 from switchkit.data.base import require_positive
 from switchkit.data.bytes import ByteTokenizer
@@ -56,7 +55,7 @@ class SpanData(CorpusData):
     Source: Raffel et al., arXiv 1910.10683, section 3.1.4; Xue et al., arXiv 2105.13626.
     """
 
-    have_sources: ClassVar[bool] = True
+    have_sources = True
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from switchkit.data.base import require_positive
 from switchkit.data.corpus import CorpusData
@@ -38,7 +38,7 @@ class TextData(CorpusData):
         ValueError: a value out of range; later, a text that cannot be had, encoded or is too short.
     """
 
-    have_sources: ClassVar[bool] = False
+    have_sources = False
 
     def __init__(
         self,

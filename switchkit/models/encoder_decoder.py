@@ -123,7 +123,8 @@ class EncoderDecoder(nn.Module):
         embedding_std: standard deviation of the first embeddings; null: ``d_model ** -0.5``. T5 has 1.0, made for an
             optimizer whose steps grow with the weights (Adafactor). AdamW's do not: the blocks take long to be heard
             beside embeddings of 1 (0.58 bits of 2.8 after 375 steps of `t5_translate_dense`, docs/recipes.md).
-        start_id: the token that a decoded sequence starts with; T5 takes that of padding, 0.
+        start_id: the token that a decoded sequence starts with, the `start_id` of the data's tokenizer; T5 takes that
+            of padding, 0.
         feed_forward: builds the dense layers; null: `FeedForward` with its defaults.
         moe: builds the sparse layers; null: `MoELayer` with its defaults.
         allow_leak: accept a part in the decoder that lets it see the future (its training loss then means little).

@@ -15,13 +15,15 @@ def check_inputs(net: Any, data: Any) -> None:
 
     Args:
         net: the model.
-        data: a data module, whose very class may say whether its batches `have_sources`. A subclass, which may make
-            others of them, and any that says nothing are left alone.
+        data: a data module, whose very class may say whether its batches `have_sources`, or leave it to the object. A
+            subclass, which may make others of them, and any that says nothing are left alone.
 
     Raises:
-        ValueError: sources without an encoder, an encoder without sources, windows longer than the decoder's context.
+        ValueError: sources without an encoder, an encoder without sources, windows longer than the decoder's context,
+            a vocabulary that begins the decoder's input otherwise than generation does.
     """
-    sources, name = vars(type(data)).get("have_sources"), type(data).__name__
+    name = type(data).__name__
+    sources = data.have_sources if "have_sources" in vars(type(data)) else None
     if sources is None:
         return
     if isinstance(net, Decoder) and sources is True:
@@ -33,6 +35,12 @@ def check_inputs(net: Any, data: Any) -> None:
         raise ValueError(
             f"data {name}: its batches have no source for the encoder of model.net: take SpanData or PairData, or "
             "Decoder as model.net"
+        )
+    start = getattr(getattr(data, "tokenizer", None), "start_id", None)
+    if isinstance(net, EncoderDecoder) and start is not None and start != net.start_id:
+        raise ValueError(
+            f"data {name}: with its tokenizer the decoder's input begins with id {start}, and model.net begins with "
+            f"start_id {net.start_id} what it generates: set model.net.start_id to {start}"
         )
     windows = getattr(data, "context", None)
     if isinstance(net, Decoder) and isinstance(windows, int) and windows > net.context:
