@@ -211,7 +211,7 @@ class StreamWindows(TrainingLoader[None]):
         }
 
     def plan(self, generator: torch.Generator) -> None:
-        if self.repeat:
+        if self.repeat and not self._batch:  # else it goes on in the middle of an epoch
             self.packed.restart()
 
     def batch(self, plan: None, index: int, generator: torch.Generator) -> dict[str, Tensor]:

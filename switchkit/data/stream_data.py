@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class StreamData(ResumableData):
 
     Needs the package ``datasets`` (pip install 'switchkit[datasets]'). An example is one text: of a text file a line.
     Texts follow each other with the vocabulary's end of text between them, and are cut into windows. `buffer` texts at
-    a time are shuffled; the order of files changes with each pass. On several devices each reads its own files, if
-    their number divides by that of the devices, and else its share of all examples.
+    a time are shuffled; the order of files changes with each pass, that of a dataset of the Hub does not. On several
+    devices each reads its own files, if their number divides by that of the devices, and else its share of all
+    examples.
 
     Training goes on exactly where a checkpoint left it, on the same number of devices: the position in the stream is in
     the checkpoint under "StreamData". Files are read from this machine alone; a network is used for `hub` only.
@@ -56,8 +58,10 @@ class StreamData(ResumableData):
 
     Raises:
         ValueError: a value out of range, neither path nor hub or both, no such file, no held-out files, or `datasets`
-            is not installed; later, a text that cannot be read or encoded.
+            is not installed; later, held-out files that are trained on, a text that cannot be read or encoded.
     """
+
+    have_sources: bool | None = None  # until it is known whether there are objectives
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class StreamData(ResumableData):
         self.path, self.validation_path = path, validation_path
         self.hub, self.hub_config, self.split, self.validation_split = hub, hub_config, split, validation_split
         self.column, self.context, self.objectives = column, context, objectives
+        self.have_sources = objectives is not None
         self.buffer, self.epoch_batches = buffer, epoch_batches
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
 
@@ -138,7 +143,9 @@ class StreamData(ResumableData):
         return {"description": self.stream.description, "origin": self.stream.origin, "generated": False}
 
     def setup(self, stage: str | None = None) -> None:
-        _ = self.stream, self.held_out
+        trained, held_out = self.stream, self.held_out
+        if stage == "fit" and isinstance(trained, FileStream) and isinstance(held_out, FileStream):
+            _check_apart(trained, held_out)
         if self.objective is not None:
             self.objective.lengths(self.raw_length)  # says now whether there are sentinels enough
         super().setup(stage)
@@ -178,3 +185,14 @@ class StreamData(ResumableData):
             raise DataError(f"{label}: the held-out texts have {count} tokens; 2 or more are needed")
         tokens = torch.cat(pieces)
         return tokens[:prefix] if prefix else tokens
+
+
+def _check_apart(trained: FileStream, held_out: FileStream) -> None:
+    """Refuses to train on what is held out, as where one pattern covers both."""
+    held = {Path(file).resolve() for file in held_out.files}
+    both = [file for file in trained.files if Path(file).resolve() in held]
+    if both:
+        raise DataError(
+            f"data.path names {both[0]}{f' and {len(both) - 1} more' if both[1:] else ''}, which data.validation_path "
+            "holds out: name other files, or a pattern that leaves them out"
+        )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import socket
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -20,10 +22,12 @@ pytest.importorskip("datasets")
 
 import datasets
 
-from switchkit import CharTokenizer, EncoderDecoder, LanguageModule, checkpoints
+from switchkit import CharTokenizer, Decoder, EncoderDecoder, LanguageModule, checkpoints
 from switchkit.data import ByteTokenizer, SpanCorruption, StreamData
 from switchkit.data.packing import PackedStream
 from switchkit.data.streams import FileStream
+from switchkit.models.inputs import check_inputs
+from switchkit.spec import build, describe_object
 
 END = ByteTokenizer().eos_id
 WRITERS = ["jsonl", "txt", "parquet", "jsonl.gz"]
@@ -140,7 +144,8 @@ def test_a_position_is_the_very_place(tmp_path: Path, kind: str, world_size: int
 
 def data(folder: Path, **more: Any) -> StreamData:
     files = sorted(str(path) for path in folder.glob("part*.jsonl"))
-    given = {"validation_path": files[0], "context": 8, "batch_size": 3, "buffer": 4, "epoch_batches": 7}
+    held_out = shutil.copy(files[0], folder / "held.jsonl")
+    given = {"validation_path": str(held_out), "context": 8, "batch_size": 3, "buffer": 4, "epoch_batches": 7}
     return StreamData(files, **{**given, "eval_batch_size": 4, "validation_prefix": 64, **more})
 
 
@@ -166,6 +171,24 @@ def test_batches_of_a_decoder_and_their_resumption(tmp_path: Path) -> None:
     loader.repeat = True
     once, again = ([batch["targets"] for batch in loader] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    first, second = (data(tmp_path).train_loader(rank=0, world_size=1) for _ in range(2))
+    first.repeat = second.repeat = True
+    list(islice(first, 3))
+    second.load_state_dict(first.state_dict())
+    rest = [batch["targets"] for _ in range(2) for batch in second]
+    assert all(torch.equal(a, b) for a, b in zip(rest, [*once[3:], *once], strict=True))
+
+
+@pytest.mark.parametrize("objectives", [None, [SpanCorruption]], ids=["decoder", "encoder-decoder"])
+def test_models_that_cannot_read_it_are_told(tmp_path: Path, objectives: Any) -> None:
+    write(tmp_path, "jsonl", [3])
+    source = data(tmp_path, context=8, objectives=objectives)
+    sizes = {"d_model": 8, "num_heads": 2, "d_ff": 8, "sparse": []}
+    short, reader = Decoder(384, num_layers=1, context=4, **sizes), EncoderDecoder(384, **sizes)
+    with pytest.raises(ValueError, match="data.context 8 is longer" if objectives is None else "have a source"):
+        check_inputs(short, source)
+    with pytest.raises(ValueError, match="have no source") if objectives is None else nullcontext():
+        check_inputs(reader, source)
 
 
 class Stop(L.Callback):
@@ -285,6 +308,7 @@ def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypat
         ({"path": ["good.jsonl", "good.txt"]}, "several formats \\(json, text\\)"),
         ({"path": []}, "data.path is empty"),
         ({"validation_path": "x.jsonl"}, "data.validation_path x.jsonl: there is no such file"),
+        ({"path": "*d.jsonl"}, "data.path names held.jsonl, which data.validation_path holds out: name other files"),
         ({"buffer": 0}, "data.buffer 0 is not possible"),
         ({"objectives": []}, "data.objectives is empty"),
         ({"column": "t"}, "no column 't'; data.column is one of 'n', 'text'"),
@@ -299,12 +323,13 @@ def test_mistakes_are_told(tmp_path, monkeypatch, options: dict[str, Any], said:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "jsonl", [3])
     Path("part0.jsonl").rename("good.jsonl")
+    shutil.copy("good.jsonl", "held.jsonl")
     Path("good.txt").write_text("a\n")
     Path("good.bin").write_text("a\n")
     Path("empty.txt").write_text("")
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(ValueError, match=said):
-        source = StreamData(**{"path": "good.jsonl", "validation_path": "good.jsonl", **options})
+        source = StreamData(**{"path": "good.jsonl", "validation_path": "held.jsonl", **options})
         source.setup("fit")
         source.train_loader(rank=0, world_size=1).packed.take(1)
         source.evaluation_loader(None)
@@ -318,8 +343,6 @@ def test_a_share_without_a_text_is_told(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_describes_it(tmp_path: Path) -> None:
-    from switchkit.spec import build, describe_object
-
     write(tmp_path, "jsonl", [3, 3])
     source = data(tmp_path, objectives=[SpanCorruption])
     again = build(describe_object(source))
