@@ -11,6 +11,7 @@ from typing import Any
 from switchkit import checkpoints
 from switchkit.data.base import ResumableData
 from switchkit.data.span_data import SpanData
+from switchkit.data.stream_data import StreamData
 from switchkit.data.text import TextData
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.module import LanguageModule
@@ -71,7 +72,7 @@ def check_alike(opened: Sequence[Opened], *, same_text: bool) -> None:
             raise ValueError(
                 f"{other.path} was trained on {kinds[1]} and {first.path} on {kinds[0]}: their tasks differ"
             )
-        texts = [(one.source or {}).get("sha256") for one in (first, other)]
+        texts = [_text(one.source or {}) for one in (first, other)]
         if texts[0] != texts[1]:
             names = [(one.source or {}).get("description") for one in (first, other)]
             raise ValueError(
@@ -115,6 +116,8 @@ def data_of(
             if "path" not in arguments:
                 raise ValueError(f"{text}: the data of {opened.path}, {factory.func.__name__}, are no single text")
             arguments["path"] = text
+            if stage != "fit" and issubclass(factory.func, StreamData):
+                arguments |= {"validation_path": text, "hub": None}  # it has no part of its path that is held out
         tokenizer = arguments.get("tokenizer")
         arguments["tokenizer"] = tokenizer() if isinstance(tokenizer, partial) else tokenizer
         data = factory.func(**arguments)
@@ -141,6 +144,11 @@ def data_of(
 def load_module(path: Path, device: str) -> LanguageModule:
     """The model of a checkpoint, in evaluation mode."""
     return LanguageModule.load_from_checkpoint(path, map_location=device).eval()
+
+
+def _text(source: Mapping[str, Any]) -> Any:
+    """What tells texts apart: their sum, or of a stream, which nobody has read to its end, where it comes from."""
+    return source.get("sha256") or (source.get("description"), source.get("origin"))
 
 
 def _words(tokenizer: Tokenizer | None) -> str:

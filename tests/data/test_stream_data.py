@@ -26,6 +26,7 @@ from switchkit import CharTokenizer, Decoder, EncoderDecoder, LanguageModule, ch
 from switchkit.data import ByteTokenizer, SpanCorruption, StreamData
 from switchkit.data.packing import PackedStream
 from switchkit.data.streams import FileStream
+from switchkit.distill.shared_text import Opened, check_alike, data_of
 from switchkit.models.inputs import check_inputs
 from switchkit.spec import build, describe_object
 
@@ -347,3 +348,24 @@ def test_a_checkpoint_describes_it(tmp_path: Path) -> None:
     source = data(tmp_path, objectives=[SpanCorruption])
     again = build(describe_object(source))
     assert describe_object(again()) == describe_object(source)
+
+
+def test_a_comparison_on_another_text_reads_that_text(tmp_path: Path) -> None:
+    write(tmp_path, "jsonl", [3, 3])
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "another"}) + "\n")
+    source = data(tmp_path)
+    opened = Opened(tmp_path / "a.ckpt", source.tokenizer, describe_object(source), source.source_info())
+    evaluated = data_of(opened, str(other))
+    assert evaluated.source_info()["description"] == "other.jsonl"
+    batch = next(iter(evaluated.evaluation_loader(None)))
+    assert batch["targets"][batch["valid"]].tolist() == ids_of(["another"])[1:]
+
+
+def test_checkpoints_of_other_streams_are_not_compared(tmp_path: Path) -> None:
+    files = write(tmp_path, "jsonl", [3, 3])
+    whole, part = data(tmp_path), StreamData(files[:1], validation_path=files[1])
+    opened = [Opened(Path("a.ckpt"), one.tokenizer, describe_object(one), one.source_info()) for one in (whole, part)]
+    check_alike([opened[0], opened[0]], same_text=True)
+    with pytest.raises(ValueError, match=r"another text \(part0.jsonl\) than .*part0.jsonl and 1 more"):
+        check_alike(opened, same_text=True)
