@@ -84,7 +84,9 @@ def divergence(
 ) -> Float[Tensor, "B S"]:
     """``KL(softmax(teacher / T) || softmax(logits / T))`` of every token, in nats and in float32."""
     ours, theirs = (torch.log_softmax(x.float() / temperature, -1) for x in (logits, teacher))
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    each = F.kl_div(ours, theirs, reduction="none", log_target=True)
+    # A symbol that the teacher rules out adds nothing, and log 0 makes it 0 * inf.
+    return each.masked_fill(theirs.isneginf(), 0).sum(-1)
 
 
 def top_k_divergence(logits: Float[Tensor, "B S V"], teacher: TopK, temperature: float = 1.0) -> Float[Tensor, "B S"]:

@@ -137,6 +137,15 @@ def test_top_k_has_finite_gradients_where_the_teacher_is_certain(given):
     assert torch.allclose(student.grad, wanted, atol=1e-6)
 
 
+def test_a_symbol_that_the_teacher_rules_out_adds_nothing(given):
+    student, teacher, *_ = given
+    teacher = teacher.index_fill(-1, torch.tensor([0]), -torch.inf)
+    found = divergence(student, teacher)
+    assert torch.allclose(found, top_k_divergence(student, kept(teacher, V, 1.0)), atol=1e-6)
+    found.sum().backward()
+    assert student.grad.isfinite().all()
+
+
 def test_hidden_states_against_a_loop():
     ours, theirs = torch.randn(B, S, 3), torch.randn(B, S, 3)
     valid = torch.arange(S) < torch.tensor([[2], [5]])
