@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from switchkit.data.bytes import ByteTokenizer
 from switchkit.data.shard_index import DTYPES, INDEX, ShardIndex
 from switchkit.data.sources import DataError
+from switchkit.data.subwords import FileTokenizer
 from switchkit.data.tokenizers import Tokenizer
 
 __all__ = ["ShardCorpus", "ShardedTokens"]
@@ -106,7 +108,8 @@ class ShardCorpus:
 
     Args:
         path: the folder.
-        tokenizer: the vocabulary, if it must be this one (a checkpoint's, say); None: the folder's.
+        tokenizer: the vocabulary, if it must be this one (a checkpoint's, say), which makes the folder's tokens; None:
+            the folder's.
 
     Raises:
         DataError: later, what `ShardIndex.read` finds wrong, or another vocabulary than `tokenizer`.
@@ -128,12 +131,14 @@ class ShardCorpus:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         own = self.index.build_tokenizer(self.folder / INDEX)
-        if self._given is not None and self._given != own:
+        if self._given is None:
+            return own
+        if not _same_tokens(own, self._given):
             raise DataError(
                 f"{self.folder} holds tokens of {_shown(own)}, and data.tokenizer is {_shown(self._given)}; leave "
                 "data.tokenizer out, or write the folder again with `switchkit prepare --tokenizer`"
             )
-        return own
+        return self._given
 
     @cached_property
     def train(self) -> ShardedTokens:
@@ -184,6 +189,15 @@ def _mapped(file: Path, dtype: str, tokens: int) -> np.ndarray[Any, Any]:
     # Unlike numpy's memmap this keeps no descriptor, of which a process has a thousand and a corpus may need more.
     data = torch.from_file(str(file), shared=False, size=tokens * DTYPES[dtype], dtype=torch.uint8)
     return data.numpy().view(f"<u{DTYPES[dtype]}")
+
+
+def _same_tokens(own: Tokenizer, given: Tokenizer) -> bool:
+    """Whether both make the same tokens of texts and of their ends; sentinels and more ids change none."""
+    if isinstance(own, ByteTokenizer) and isinstance(given, ByteTokenizer):
+        return True
+    if isinstance(own, FileTokenizer) and isinstance(given, FileTokenizer):
+        return (own.text, own.eos_id) == (given.text, given.eos_id)
+    return own == given
 
 
 def _shown(tokenizer: Tokenizer) -> str:

@@ -22,6 +22,7 @@ from switchkit.data import (
     ByteTokenizer,
     CharTokenizer,
     DataError,
+    FileTokenizer,
     InOrder,
     RandomWindows,
     ShardCorpus,
@@ -29,8 +30,11 @@ from switchkit.data import (
     SpanData,
     TextData,
 )
+from switchkit.data.prepare import prepare
 from switchkit.data.shard_index import ShardIndex, dtype_for
 from switchkit.data.shard_writer import ShardWriter, new_folder
+from switchkit.data.text_files import TextFile
+from switchkit.data.train_tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:GPU available", "ignore:You passed in a")
 
@@ -218,6 +222,20 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
     assert same.tokenizer == CHARACTERS
     with pytest.raises(DataError, match="tokens of CharTokenizer with 1000 ids, and data.tokenizer is ByteTokenizer"):
         _ = TextData(str(folder), tokenizer=ByteTokenizer()).tokenizer
+
+
+def test_other_sentinels_and_sizes_make_the_same_tokens(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 20)
+    texts = [TextFile(str(text))]
+    own = train_tokenizer(texts, 270, sentinels=2)
+    byt5, padded = ByteTokenizer(first_sentinel=258), FileTokenizer(content=own.content, vocab_size=300)
+    for tokenizer, given in ((ByteTokenizer(), byt5), (own, padded)):
+        out = tmp_path / type(tokenizer).__name__
+        prepare(out, texts, tokenizer)
+        assert TextData(str(out), tokenizer=given).tokenizer is given
+    with pytest.raises(DataError, match="and data.tokenizer is FileTokenizer"):
+        _ = TextData(str(out), tokenizer=FileTokenizer(content=own.content, eos="<pad>")).tokenizer
 
 
 # What cannot be.
