@@ -17,7 +17,9 @@ from switchkit import (
     MoELayer,
     TopK,
 )
+from switchkit.data.subwords import FileTokenizer
 from switchkit.report import count
+from switchkit.report.sample import command, sample
 from switchkit.report.tables import console, fallback_box, loads, model_table, rows_table, source_rows
 from switchkit.report.twins import twin_rows
 
@@ -92,3 +94,19 @@ def test_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture
     out.print(rows_table(path, [("data", path)]))
     out.print(path, highlight=False)
     assert capsys.readouterr().out.count(path) == 3
+
+
+@pytest.mark.parametrize("words", [{"[PAD]": 0, "[UNK]": 1, "a": 2}, {"[PAD]": 0, "b": 1}], ids=["a", "neither"])
+def test_a_sample_begins_where_the_vocabulary_makes_nothing_of_a_line_end(words: dict[str, int]) -> None:
+    package = pytest.importorskip("tokenizers")
+    own = package.Tokenizer(package.models.WordLevel(words, "[UNK]"))
+    own.pre_tokenizer = package.pre_tokenizers.Whitespace()
+    own.add_special_tokens(["[PAD]"])
+    tokenizer = FileTokenizer(content=own.to_str())
+    assert not len(tokenizer.encode("\n"))
+    net = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, context=8, sparse=[])
+    module = LanguageModule(net, losses=[], tokenizer=tokenizer)
+    assert isinstance(sample(module, None, 4), str)
+    assert command(module, None, "x.ckpt", "b").endswith(
+        f"--prompt {'ROMEO:' if 'a' in words else 'b'} --max_new_tokens 200"
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ def _prompt(tokenizer: Any, written: str | None) -> str:
     """What a decoder can go on from: a speaker of the plays, or its own words where the vocabulary lacks a letter."""
     prompt = "ROMEO:"
     try:
-        if tokenizer is not None:
-            tokenizer.encode(prompt)
+        if tokenizer is None or len(tokenizer.encode(prompt)):
+            return prompt
     except ValueError:
-        # A line of it: its vocabulary may have no space to put in a line end's place.
-        return (written or "").strip().partition("\n")[0][:24].strip()
-    return prompt
+        pass
+    # A line of it: its vocabulary may have no space to put in a line end's place.
+    return (written or "").strip().partition("\n")[0][:24].strip()
 
 
 def sample(module: Any, data: Any, length: int = 240) -> str:
@@ -57,10 +58,20 @@ def sample(module: Any, data: Any, length: int = 240) -> str:
         written = list(module.generate(source.ids, length, temperature=0.0))
         into = "" if source.language is None else f" {source.language}:"
         return f"{source.text}\n->{into} {tokenizer.decode(written)}"
-    prompt = "\n" if "\n" in getattr(tokenizer, "characters", "") else tokenizer.decode([0])
     draw = torch.Generator().manual_seed(0)
-    tokens = module.generate(tokenizer.encode(prompt or "\n"), length, temperature=0.8, generator=draw)
+    tokens = module.generate(_beginning(tokenizer), length, temperature=0.8, generator=draw)
     return str(tokenizer.decode(list(tokens))).strip("\n")
+
+
+def _beginning(tokenizer: Any) -> Tensor:
+    """A line end where the vocabulary has one, or else what it has; there is always a token."""
+    first = "\n" if "\n" in getattr(tokenizer, "characters", "") else tokenizer.decode([0])
+    for text in (first or "\n", "a"):
+        # Of a space or a line end some vocabularies make no token at all, and others know no letter.
+        with suppress(ValueError):
+            if len(ids := tokenizer.encode(text)):
+                return cast(Tensor, ids)
+    return torch.tensor([0])
 
 
 def _held_out(module: Any, data: Any) -> _Source | None:
