@@ -462,6 +462,22 @@ def test_checkpoint_rebuilds_model_and_tokenizer(tmp_path: Path) -> None:
     LanguageModule.load_from_checkpoint(tmp_path / "version_1/checkpoints/last.ckpt")
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_another_text_under_the_name_of_the_checkpoint_s_is_told(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, changed: bool
+) -> None:
+    source = data(tmp_path)
+    trainer(tmp_path, steps=1).fit(module(source), source)
+    path = tmp_path / "version_0/checkpoints/last.ckpt"
+    if changed:
+        text = tmp_path / "text.txt"
+        text.write_text(text.read_text()[::-1])
+    again = TextData(str(tmp_path / "text.txt"), context=source.context, tokenizer=source.tokenizer)
+    trainer(tmp_path, steps=1).validate(module(again), again, ckpt_path=path)
+    told = [str(one.message) for one in recwarn if "the text is not the one that" in str(one.message)]
+    assert len(told) == changed
+
+
 def test_load_from_checkpoint_takes_what_lightning_s_takes(tmp_path: Path) -> None:
     source = data(tmp_path)
     loop = trainer(tmp_path, steps=1)
