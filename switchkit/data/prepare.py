@@ -60,8 +60,9 @@ def prepare(
 
     Between two texts comes the vocabulary's `eos_id`, where it has one. A text is encoded in pieces of some 64
     thousand characters, cut after line ends: characters and bytes give the tokens of the whole text, and so do
-    vocabularies that split it there, as byte-level ones do. For one that puts a space before each text, as
-    SentencePiece's do, pieces are cut at spaces, and the space put before a piece is the text's own.
+    vocabularies that split it there, as byte-level ones do; where a cut would change the tokens around it, it is made
+    before. For one that puts a space before each text, as SentencePiece's do, pieces are cut at spaces, and the space
+    put before a piece is the text's own.
 
     Args:
         out: a folder that is not there yet.
@@ -101,8 +102,8 @@ def _encoded(tokenizer: Tokenizer, text: TextFile, told: Callable[[int], Any]) -
     pieces = text.pieces(told)
     try:
         if isinstance(tokenizer, FileTokenizer):
-            if not _same(tokenizer, "a\nb", "a\n", "b"):
-                pieces = _at_spaces(tokenizer, pieces, text.label)
+            cut = _at_tokens if _same(tokenizer, "a\nb", "a\n", "b") else _at_spaces
+            pieces = cut(tokenizer, pieces, text.label)
             while several := list(islice(pieces, _AT_ONCE)):
                 yield from tokenizer.encode_batch(several)
         else:
@@ -111,6 +112,28 @@ def _encoded(tokenizer: Tokenizer, text: TextFile, told: Callable[[int], Any]) -
         raise
     except ValueError as error:
         raise DataError(f"{text.label}: {error}") from error
+
+
+def _at_tokens(tokenizer: FileTokenizer, pieces: Iterator[str], label: str) -> Iterator[str]:
+    """The text, each cut moved back to where the tokens around it are those of the whole text.
+
+    A line end is such a place as a rule; in a text without spaces a cut may be in the middle of a token.
+
+    Raises:
+        DataError: there is no such place.
+    """
+    held = next(pieces, "")
+    for piece in pieces:
+        for cut in range(len(held), max(0, len(held) - _AROUND), -1):
+            left, right = held[max(0, cut - _AROUND) : cut], (held[cut:] + piece[:_AROUND])[:_AROUND]
+            if _same(tokenizer, left + right, left, right):
+                yield held[:cut]
+                held = held[cut:] + piece
+                break
+        else:
+            held += piece
+            _check_held(held, label, "with no place")
+    yield held
 
 
 def _at_spaces(tokenizer: FileTokenizer, pieces: Iterator[str], label: str) -> Iterator[str]:
@@ -131,13 +154,17 @@ def _at_spaces(tokenizer: FileTokenizer, pieces: Iterator[str], label: str) -> I
                 held = after
                 break
         else:
-            if len(held) > _HELD:
-                raise DataError(
-                    f"{label}: this vocabulary encodes {len(held):,} characters as a whole only, with no space in them "
-                    "at which they could be cut; take --tokenizer bytes or another vocabulary, or put spaces there"
-                )
+            _check_held(held, label, "with no space")
     if held:
         yield held
+
+
+def _check_held(held: str, label: str, without: str) -> None:
+    if len(held) > _HELD:
+        raise DataError(
+            f"{label}: this vocabulary encodes {len(held):,} characters as a whole only, {without} in them at which "
+            "they could be cut; take --tokenizer bytes or another vocabulary, or put spaces there"
+        )
 
 
 def _same(tokenizer: FileTokenizer, whole: str, *parts: str) -> bool:

@@ -63,7 +63,9 @@ class TextFile:
         return "stdin" if self.path is None else self.name
 
     def pieces(self, told: Callable[[int], Any] = lambda count: None) -> Iterator[str]:
-        """The text, cut where a vocabulary would cut it too; joined, the pieces are the whole text.
+        """The text, cut where a vocabulary would cut it too, or anywhere after 128 thousand characters without a space.
+
+        Joined, the pieces are the whole text.
 
         Args:
             told: called with the bytes read since it was called last: packed ones, if the file is packed.

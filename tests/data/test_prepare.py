@@ -196,3 +196,14 @@ def test_a_text_that_such_a_vocabulary_encodes_as_a_whole_only_is_refused(
     with pytest.raises(DataError, match=r"solid: this vocabulary encodes \d+ characters as a whole only"):
         prepare(tmp_path / "out", [TextFile(str(tmp_path / "solid"))], spaced("normalizer"))
     assert left(tmp_path) == before
+
+
+def test_a_text_without_spaces_is_cut_between_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subwords: FileTokenizer
+) -> None:
+    monkeypatch.setattr(text_files, "_PIECE", 50)
+    monkeypatch.setattr(text_files, "_READ", 31)
+    text = "".join(PLAY.split())
+    (tmp_path / "solid").write_text(text)
+    prepare(tmp_path / "out", [TextFile(str(tmp_path / "solid"))], subwords)
+    assert torch.equal(ShardedTokens(tmp_path / "out")[:], subwords.encode(text))
