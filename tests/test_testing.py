@@ -21,6 +21,7 @@ from switchkit import (
     ExpertChoice,
     Experts,
     Factor,
+    Linear,
     LinearRouter,
     Loss,
     Mlp,
@@ -425,6 +426,44 @@ def test_experts_of_one_module_each_that_are_copies_give_their_sentence() -> Non
         Broken, match=r"OneEach: each\[e\]\.0\.weight of experts 1 and 0 are alike \(relative difference 0\)"
     ):
         check_experts(OneEach, skip=("compiles",), copies=True)
+
+
+class Adapters(Experts):
+    """One frozen base that all experts share, an adapter for each, and one learned strength of these."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
+        super().__init__(d_model, d_ff, num_experts)
+        self.base = nn.Linear(d_model, d_model, bias=False).requires_grad_(False)
+        self.adapters = Linear(d_model, d_ff, num_experts)
+        self.strength = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, rows: Rows) -> Tensor:
+        y = self.base(rows.x) + self.strength * self.adapters(rows)
+        mine = torch.arange(y.shape[-2]) < (rows.load.unsqueeze(-1) if y.dim() == 3 else rows.load.sum())
+        return y * mine.unsqueeze(-1)
+
+
+class Fixed(Switch):
+    """Random weights that stay what they are, and a temperature that is learned."""
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts)
+        self.weight.requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return super().logits(tokens) * self.log_temperature.to(torch.promote_types(tokens.dtype, torch.float32)).exp()
+
+
+def test_numbers_that_all_experts_share_and_frozen_weights_pass() -> None:
+    with shapes.unchecked():
+        check_experts(Adapters, skip=("compiles",))
+        check_router(Fixed, skip=("compiles",))
+
+
+def test_routers_of_an_even_number_of_experts_pass() -> None:
+    with shapes.unchecked():
+        check_router(TopK, groups=2, top_groups=1, skip=("compiles",))
 
 
 @pytest.mark.slow

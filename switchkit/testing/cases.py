@@ -28,6 +28,8 @@ __all__ = [
     "Case",
     "collapsed",
     "gradients",
+    "learned",
+    "make_equal",
     "measured",
     "objective",
     "results",
@@ -157,6 +159,19 @@ def objective(y: Tensor, balance: Tensor, z: Tensor, valid: Tensor) -> Tensor:
     return (y * probe * valid.unsqueeze(-1)).sum() + 0.3 * balance + 0.2 * z
 
 
+def make_equal(experts: Experts) -> None:
+    """The weights of the first expert in all; a single number is one that they share already."""
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            if parameter.dim():
+                parameter.copy_(parameter[:1].expand_as(parameter))
+
+
+def learned(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, without frozen ones."""
+    return {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+
+
 def gradients(loss: Tensor, **wanted: Tensor) -> dict[str, Tensor]:
     """The gradient of each tensor; one that is not reached is an error."""
     return _gradients(loss, wanted, again=True)
@@ -164,6 +179,8 @@ def gradients(loss: Tensor, **wanted: Tensor) -> dict[str, Tensor]:
 
 def _gradients(loss: Tensor, wanted: Mapping[str, Tensor], *, again: bool) -> dict[str, Tensor]:
     """As `gradients`; not `again`: the graph is used up."""
+    if not wanted:
+        return {}
     found = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, retain_graph=again)
     missing = [name for name, grad in zip(wanted, found, strict=True) if grad is None]
     expect(not missing, f"no gradient reaches {', '.join(missing)}")
@@ -194,7 +211,7 @@ def measured(
     """`results` of outputs and losses that are known already."""
     values = {"y": y * valid.unsqueeze(-1), "balance loss": balance, "z-loss": z}
     loss = scale * objective(y, balance, z, valid)
-    grads = _gradients(loss, {"x": x, **dict(layer.named_parameters())}, again=again)
+    grads = _gradients(loss, {"x": x, **learned(layer)}, again=again)
     return {**values, **{f"gradient of {name}": grad for name, grad in grads.items()}}
 
 

@@ -54,7 +54,7 @@ def traits_of(case: Case) -> Traits:
     _, r = run(layer, x, valid, ids)
     _, other = run(layer, torch.randn_like(x), valid, ids + 1 + torch.randint_like(ids, 20))
     by_position = torch.equal(r.expert, other.expert) and torch.equal(r.weight, other.weight)
-    learned = bool(list(layer.router.parameters()))
+    learned = any(parameter.requires_grad for parameter in layer.router.parameters())
     try:
         replace(case, num_experts=1, k=case.k and 1).layer()
         single = True

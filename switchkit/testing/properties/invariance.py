@@ -11,7 +11,7 @@ from switchkit.layers import MoELayer
 from switchkit.losses.balance import Balance
 from switchkit.losses.router_z import RouterZ
 from switchkit.testing import oracle
-from switchkit.testing.cases import EXACT, Case, gradients, results, run, seeded
+from switchkit.testing.cases import EXACT, Case, gradients, learned, results, run, seeded
 from switchkit.testing.expect import breaks, error, expect, same
 
 __all__ = [
@@ -70,7 +70,7 @@ def sequences_do_not_meet(case: Case) -> None:
         y, _ = run(layer, x[part], valid[part], ids[part])
         probe = torch.sin(torch.arange(x.numel(), device=x.device, dtype=x.dtype)).view_as(x)
         loss = (y * probe[part]).sum()
-        return y, gradients(loss, **dict(layer.named_parameters())) if loss.requires_grad else {}
+        return y, gradients(loss, **learned(layer)) if loss.requires_grad else {}
 
     whole, grads = task(slice(None))
     parts = [task(slice(b, b + 1)) for b in range(len(x))]

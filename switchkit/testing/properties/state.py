@@ -21,7 +21,7 @@ from switchkit.experts.base import Experts
 from switchkit.losses.balance import Balance
 from switchkit.models import Decoder
 from switchkit.records import Rows
-from switchkit.testing.cases import EXACT, Case, gradients, results, run, seeded
+from switchkit.testing.cases import EXACT, Case, gradients, learned, results, run, seeded
 from switchkit.testing.expect import Broken, breaks, error, expect, same
 
 __all__ = [
@@ -164,7 +164,7 @@ def routing_is_float32(case: Case) -> None:
     expect(
         off <= 1e-6, f"the logits of a bfloat16 router are rounded (relative error {off:.2g}, at most 1e-6 expected)"
     )
-    found = gradients(y.float().sum() + Balance()([r]), x=x, **dict(half.named_parameters()))
+    found = gradients(y.float().sum() + Balance()([r]), x=x, **learned(half))
     for name, grad in found.items():
         expect(grad.dtype == torch.bfloat16, f"the gradient of {name} is {grad.dtype}, bfloat16 expected")
         expect(bool(grad.isfinite().all()), f"the gradient of {name} is not finite in bfloat16")

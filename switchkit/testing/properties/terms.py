@@ -14,7 +14,7 @@ from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss
 from switchkit.losses.router_z import RouterZ
 from switchkit.records import Routing
-from switchkit.testing.cases import EXACT, Case, collapsed, gradients, run, seeded
+from switchkit.testing.cases import EXACT, Case, collapsed, gradients, learned, run, seeded
 from switchkit.testing.expect import Broken, breaks, error, expect, same
 
 __all__ = [
@@ -135,7 +135,7 @@ def loss_reaches_the_router(case: LossCase) -> None:
     value = case.make()([r])
     grads: tuple[Tensor | None, ...] = ()
     if value.requires_grad:
-        grads = torch.autograd.grad(value, tuple(layer.router.parameters()), allow_unused=True)
+        grads = torch.autograd.grad(value, tuple(learned(layer.router).values()), allow_unused=True)
     size = max((float(grad.norm()) for grad in grads if grad is not None), default=0.0)
     expect(size > 1e-12, "no parameter of the router gets a gradient from it")
 
@@ -143,10 +143,10 @@ def loss_reaches_the_router(case: LossCase) -> None:
 @breaks("the optimizer follows a gradient that is not that of the loss")
 def loss_gradient_agrees(case: LossCase) -> None:
     """torch.autograd.gradcheck with respect to the tokens and the router."""
-    small = replace(case.case, num_experts=3, d_model=3, d_ff=4, shape=(2, 4))
+    small = replace(case.case, d_model=3, d_ff=4, shape=(2, 4))
     layer = small.layer(training=True)
     x, valid, ids = small.inputs()
-    loss, named = case.make(), {f"router.{n}": p for n, p in layer.router.named_parameters()}
+    loss, named = case.make(), {f"router.{n}": p for n, p in learned(layer.router).items()}
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         seeded(0)
