@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -582,6 +583,27 @@ def test_other_losses_tell_their_value_and_another_weight():
     found = findings(losses=[RouterZ, partial(RouterZ, weight=0.1)])
     assert found["scale of router_z (1)"].evidence.startswith("1.922 at uniform routing")  # log(4) ** 2
     assert [found[f"scale of router_z ({i})"].status for i in (1, 2)] == ["ok", "note"]
+
+
+class Counting(Loss):
+    """The balance loss, by the counts that it must be handed."""
+
+    scope = "global"
+
+    def __init__(self, weight=0.01):
+        super().__init__(weight)
+
+    def __call__(self, routings, counts):
+        return Balance(scope="global")(routings, counts)
+
+
+def test_a_loss_that_reads_the_counts_of_the_step_gets_those_of_its_batch():
+    found = findings(losses=[Counting, partial(Balance, weight=0.02)])
+    names = ("router gradient, Counting", "router gradient, balance")
+    assert [found[name].status for name in names] == ["ok", "ok"]
+    first, second = (found[name].evidence.partition(": ")[2].split(", ")[0] for name in names)
+    assert math.isclose(2 * float(first.split()[-1]), float(second.split()[-1]), rel_tol=0.05)
+    assert found["scale of Counting"].evidence.startswith("1 at uniform routing")
 
 
 def test_a_loss_of_noise_fits_its_router():

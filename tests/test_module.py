@@ -106,10 +106,10 @@ def test_a_run_that_logs_nothing(tmp_path: Path, options: dict[str, Any]) -> Non
 class Own(Loss):
     """Somebody's, which gives what it was made with."""
 
-    def __init__(self, found: Any, begun: bool = True) -> None:
+    def __init__(self, found: Any, begun: bool = True, scope: Any = "micro") -> None:
         if begun:
             super().__init__(1.0)
-        self.found = found
+        self.found, self.scope = found, scope
 
     def __call__(self, routings: Any) -> Any:
         return self.found
@@ -137,6 +137,10 @@ class Holds(Loss):
         ([Learned], "the loss Learned has parameters or buffers, which would be neither trained nor saved"),
         ([Holds], "the loss Holds has parameters or buffers"),
         ([partial(Own, found=1.0, begun=False)], "the loss Own has no weight: call super"),
+        (
+            [partial(Own, found=1.0, scope="step")],
+            "must be 'micro', 'rank' or 'global'; got 'step'",
+        ),
         ([partial(Own, found=0.5)], "the loss Own must return a tensor without dimensions; got 0.5"),
         ([partial(Own, found=[1, 2])], "the loss Own must return a tensor without dimensions; got \\[1, 2\\]"),
     ],

@@ -461,6 +461,22 @@ def test_numbers_that_all_experts_share_and_frozen_weights_pass() -> None:
         check_router(Fixed, skip=("compiles",))
 
 
+class OverTheStep(Loss):
+    """The balance loss with the counts that the module hands over, and no default for them."""
+
+    scope = "rank"
+
+    def __init__(self, weight: float = 0.01) -> None:
+        super().__init__(weight)
+
+    def __call__(self, routings: Any, counts: Tensor) -> Tensor:
+        return Balance(scope="rank")(routings, counts)
+
+
+def test_a_loss_that_reads_the_counts_of_the_step_passes() -> None:
+    check_loss(OverTheStep)
+
+
 def test_routers_of_an_even_number_of_experts_pass() -> None:
     with shapes.unchecked():
         check_router(TopK, groups=2, top_groups=1, skip=("compiles",))

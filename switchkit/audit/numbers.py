@@ -13,7 +13,7 @@ from torch import Tensor
 from switchkit import stats
 from switchkit.audit.probe import Finding, Probe, hooked, learned, sparse_layers, stacks
 from switchkit.losses.balance import Balance, SequenceBalance, balance
-from switchkit.losses.base import Loss
+from switchkit.losses.base import Loss, alone
 from switchkit.records import Routing
 
 __all__ = ["equal_experts", "precision", "saturation", "scales", "uniform_routing"]
@@ -153,7 +153,7 @@ def scales(probe: Probe) -> Iterator[Finding]:
     even = [uniform_routing(r, k) for r, k in zip(real, ks, strict=False)]
     for name, loss in zip(probe.names(), probe.losses, strict=True):
         check = f"scale of {name}"
-        value, weight, own = float(loss(even).detach()), loss.weight, _own_weight(loss)
+        value, weight, own = float(alone(loss, even).detach()), loss.weight, _own_weight(loss)
         source = _source(loss)
         told = f"{value:.4g} at uniform routing, times {weight:g} is {weight * value:.3g}"
         if not isinstance(loss, (Balance, SequenceBalance)):
@@ -166,7 +166,7 @@ def scales(probe: Probe) -> Iterator[Finding]:
             one = uniform_routing(routing, k, collapsed=True)
             rise = float(balance(one)) - 1
             if rise > 1e-9:
-                moved = float(loss([*even[:index], one, *even[index + 1 :]]).detach())
+                moved = float(alone(loss, [*even[:index], one, *even[index + 1 :]]).detach())
                 shares.append((moved - value) / rise)
         alike = bool(shares) and _same(shares)
         each = f", {weight * shares[0]:.3g} for each of {len(even)} layers" if alike else ""

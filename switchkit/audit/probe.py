@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchkit.audit.reading import Reading
 from switchkit.experts.base import Experts
 from switchkit.layers import MoELayer
-from switchkit.losses.base import Loss
+from switchkit.losses.base import Loss, alone
 from switchkit.models import EncoderDecoder, Output
 from switchkit.module import LanguageModule
 from switchkit.records import Routing
@@ -107,7 +107,7 @@ class Probe:
         return (tokens + step) % self.vocab
 
     def terms(self, routings: Sequence[Routing]) -> list[Tensor]:
-        return [term(routings) for term in self.losses]
+        return [alone(term, routings) for term in self.losses]
 
     def names(self) -> list[str]:
         """The name of each loss, numbered where one kind comes twice."""

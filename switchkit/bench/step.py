@@ -20,6 +20,7 @@ from switchkit.cli.lightning import build
 from switchkit.cli.recipes import find_config
 from switchkit.counts import count
 from switchkit.layers import MoELayer
+from switchkit.losses.base import alone
 from switchkit.metrics import cross_entropy
 from switchkit.models.encoder_decoder import EncoderDecoder
 from switchkit.module import LanguageModule
@@ -47,7 +48,7 @@ class Bare:
         with self.context():
             out = self.module.net(batch["tokens"], batch.get("valid"))
             total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
-            terms = (term.weight * term(out.routings) for term in self.module.losses)
+            terms = (term.weight * alone(term, out.routings) for term in self.module.losses)
             loss = total / tokens.clamp(min=1) + sum(terms, 0.0)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

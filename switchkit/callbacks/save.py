@@ -28,8 +28,8 @@ def checkpoint_folder(trainer: L.Trainer) -> Path:
 class SaveLast(Checkpoint):
     """Saves ``last.ckpt`` every so many optimizer steps and at the end of training, always between two steps.
 
-    `CleanStop` uses it when a run is told to stop. Weights that are not finite are never saved over good ones. It holds the
-    weights to go on from; those that `StochasticWeightAveraging` ends with are saved as ``averaged.ckpt``.
+    `CleanStop` uses it when a run is told to stop. Weights that are not finite are never saved over good ones. It holds
+    the weights to go on from; those that `StochasticWeightAveraging` ends with are saved as ``averaged.ckpt``.
 
     Args:
         every_n_steps: 25 steps are a few seconds of a small run, and little to lose.

@@ -10,11 +10,12 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from switchkit.records import Routing
+from switchkit.records import Routing, load
 from switchkit.registry import name_of
 
-__all__ = ["Loss", "LossFactory", "built", "by_stack", "check_stacks", "names_of", "one_of", "over_layers"]
+__all__ = ["Loss", "LossFactory", "alone", "built", "by_stack", "check_stacks", "names_of", "one_of", "over_layers"]
 
 Word = TypeVar("Word", bound=str)
 Item = TypeVar("Item")
@@ -55,7 +56,8 @@ def built(losses: Sequence[LossFactory]) -> list[Loss]:
     """The terms of the loss.
 
     Raises:
-        ValueError: no list, or a loss that lacks what `Loss` sets, or has parameters or buffers.
+        ValueError: no list, or a loss that lacks what `Loss` sets, has another word for its `scope`, or has parameters
+            or buffers.
     """
     if not isinstance(losses, (list, tuple)):
         raise ValueError(f"losses must be a list of classes or functools.partials, such as [Balance]; got {losses!r}")
@@ -68,6 +70,8 @@ def built(losses: Sequence[LossFactory]) -> list[Loss]:
                 f"the loss {type(term).__name__} has parameters or buffers, which would be neither trained nor saved: "
                 "put them into the router, and hand them on in the extras of its record"
             )
+        scope = str(getattr(term, "scope", None))
+        one_of(f"scope of the loss {type(term).__name__}", scope, ("micro", "rank", "global"))
     return built
 
 
@@ -77,6 +81,15 @@ def _holds_tensors(term: Loss) -> bool:
     return any(
         isinstance(part, nn.Parameter) or (isinstance(part, nn.Module) and bool(part.state_dict())) for part in held
     )
+
+
+def alone(term: Loss, routings: Sequence[Routing]) -> Float[Tensor, ""]:
+    """The term as an optimizer step of this micro-batch alone has it: with its own counts, where it reads any."""
+    if term.scope == "micro":
+        return term(routings)
+    loads = [load(routing) for routing in routings]
+    counted = pad_sequence(loads, batch_first=True) if loads else torch.zeros(0, 0, dtype=torch.long)
+    return term(routings, counted)  # type: ignore[call-arg]
 
 
 def names_of(losses: Sequence[Loss]) -> list[str]:

@@ -287,7 +287,7 @@ def _record_of(router: str | type[Router]) -> Case:
 
 def _reads(case: p.LossCase) -> bool:
     try:
-        value = case.make()([case.record()])
+        value = case.loss()([case.record()])
     except ValueError:
         return False
     return value.requires_grad

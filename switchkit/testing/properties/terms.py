@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from switchkit.losses.balance import Balance
-from switchkit.losses.base import Loss
+from switchkit.losses.base import Loss, alone
 from switchkit.losses.router_z import RouterZ
 from switchkit.records import Routing
 from switchkit.testing.cases import EXACT, Case, collapsed, gradients, learned, run, seeded
@@ -39,6 +40,10 @@ class LossCase:
     case: Case
     subject: str
 
+    def loss(self) -> Callable[[Sequence[Routing]], Tensor]:
+        """It as a step of one micro-batch calls it."""
+        return partial(alone, self.make())
+
     def record(self, seed: int = 0, valid: Tensor | None = None) -> Routing:
         """The record of one layer on the case's inputs."""
         case = replace(self.case, seed=seed)
@@ -49,7 +54,7 @@ class LossCase:
 @breaks("a batch of padding, or a model without sparse layers, makes the whole loss NaN")
 def loss_of_nothing_is_zero(case: LossCase) -> None:
     """A scalar; zero without layers and without a real token, and finite with them."""
-    loss = case.make()
+    loss = case.loss()
     found = {"no sparse layer": loss([]).detach()}
     shape = case.case.shape
     found["no real token"] = loss([case.record(valid=torch.zeros(shape, dtype=torch.bool))]).detach()
@@ -63,7 +68,7 @@ def loss_of_nothing_is_zero(case: LossCase) -> None:
 @breaks("the length of the padding steers the router")
 def loss_ignores_padding(case: LossCase) -> None:
     """What the record holds for padding, NaN included, changes neither the loss nor its gradient."""
-    loss, r = case.make(), case.record()
+    loss, r = case.loss(), case.record()
     assert not r.valid.all()
     padding = ~r.valid.unsqueeze(-1)
 
@@ -89,7 +94,7 @@ def loss_ignores_padding(case: LossCase) -> None:
 @breaks("layers that collapse on different experts look even together")
 def layers_do_not_cancel(case: LossCase) -> None:
     """Over several layers the loss is the mean or the sum of those of each."""
-    loss = case.make()
+    loss = case.loss()
     records = [case.record(seed) for seed in range(3)]
     groups = [records]
     try:
@@ -111,7 +116,7 @@ def layers_do_not_cancel(case: LossCase) -> None:
 @breaks("the record is spoiled for the losses and metrics that read it next")
 def loss_changes_nothing(case: LossCase) -> None:
     """It draws no random numbers, gives the same twice, also under autocast, and writes to no tensor of the record."""
-    loss, r = case.make(), case.record()
+    loss, r = case.loss(), case.record()
     before = {f.name: value.clone() for f in fields(r) if isinstance(value := getattr(r, f.name), Tensor)}
     state = torch.get_rng_state()
     first = loss([r])
@@ -132,7 +137,7 @@ def loss_reaches_the_router(case: LossCase) -> None:
     """Some parameter of the router has a gradient from it."""
     layer = case.case.layer(training=True)
     _, r = run(layer, *case.case.inputs())
-    value = case.make()([r])
+    value = case.loss()([r])
     grads: tuple[Tensor | None, ...] = ()
     if value.requires_grad:
         grads = torch.autograd.grad(value, tuple(learned(layer.router).values()), allow_unused=True)
@@ -146,7 +151,7 @@ def loss_gradient_agrees(case: LossCase) -> None:
     small = replace(case.case, d_model=3, d_ff=4, shape=(2, 4))
     layer = small.layer(training=True)
     x, valid, ids = small.inputs()
-    loss, named = case.make(), {f"router.{n}": p for n, p in learned(layer.router).items()}
+    loss, named = case.loss(), {f"router.{n}": p for n, p in learned(layer.router).items()}
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         seeded(0)
