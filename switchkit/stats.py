@@ -40,8 +40,9 @@ def imbalance(routing: Routing) -> Float[Tensor, ""]:
 
 
 def bad_tokens(routing: Routing) -> Int[Tensor, ""]:
-    """Real tokens for which the router saw NaN or infinity."""
-    return (~torch.isfinite(routing.logits).all(-1) & routing.valid).sum()
+    """Real tokens that the router could not score, for it saw NaN or infinity; -inf closes an expert to a token."""
+    # The largest logit is NaN where any is, and -inf where all experts are closed.
+    return (~torch.isfinite(routing.logits.amax(-1)) & routing.valid).sum()
 
 
 def tokens(routing: Routing) -> Int[Tensor, ""]:

@@ -45,7 +45,7 @@ def test_imbalance_of_nothing_is_zero() -> None:
     assert stats.imbalance(run(Case().layer(), x, torch.zeros_like(valid))[1]) == 0
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_bad_tokens_are_counted_where_they_are_real(bad: float) -> None:
     layer = Case().layer()
     x, valid, ids = Case().inputs()
@@ -57,6 +57,15 @@ def test_bad_tokens_are_counted_where_they_are_real(bad: float) -> None:
     assert stats.bad_tokens(routing) == 2
     # The default dispatcher keeps the damage where it is.
     assert y[1:].isfinite().all()
+
+
+def test_an_expert_that_is_closed_to_a_token_makes_it_no_bad_one() -> None:
+    routing = run(Case().layer(), *Case().inputs())[1]
+    logits = routing.logits.detach().clone()
+    logits[0, :, 1:] = -torch.inf
+    assert stats.bad_tokens(replace(routing, logits=logits)) == 0
+    logits[0, 0] = -torch.inf
+    assert stats.bad_tokens(replace(routing, logits=logits)) == 1
 
 
 def test_tokens_counts_the_real_ones() -> None:
