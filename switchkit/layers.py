@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.capacity.base import CapacityFactory, CapacityPolicy, placed_by
+from switchkit.capacity.base import CapacityFactory, CapacityPolicy, check_whole, placed_by
 from switchkit.capacity.policies import Dropless
 from switchkit.dispatch.base import Dispatcher, DispatcherFactory, sum_choices
 from switchkit.dispatch.sorted import Sorted
@@ -50,7 +50,8 @@ class MoELayer(nn.Module):
             as many; so do the operations when the router's k grows by the same factor.
 
     Raises:
-        ValueError: an option that is not one of those above, a part or its name in place of what builds it.
+        ValueError: an option that is not one of those above, a part or its name in place of what builds it, a router
+            whose k is no integer.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MoELayer(nn.Module):
         ):
             _check_factory(what, factory, base)
         self.router = (router or Switch)(d_model=d_model, num_experts=num_experts)
+        check_whole(f"{type(self.router).__name__}.k", self.router.k)
         self.capacity = (capacity or Dropless)()
         self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.dispatcher = (dispatcher or Sorted)()
@@ -115,8 +117,9 @@ class MoELayer(nn.Module):
         """The mixed outputs and the record of what was decided. `valid`: True for real tokens; `ids`: token ids.
 
         Raises:
-            ValueError: x of another width, valid or ids of another shape or type, or a router that needs ids without
-                them.
+            ValueError: x of another width, valid or ids of another shape or type, a router that needs ids without
+                them, or a part that returns what its kind does not: a capacity that is no integer, no record, rows of
+                another shape.
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [B, S, {self.d_model}] (d_model={self.d_model}); got {list(x.shape)}")
@@ -142,11 +145,25 @@ class MoELayer(nn.Module):
         real = self._groups(torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid)
         names = None if ids is None else self._groups(ids)
         limit = self.capacity.limit(tokens.shape[1], self.num_experts, self.router.k, training=self.training)
+        if isinstance(limit, float):
+            raise ValueError(f"{type(self.capacity).__name__}.limit must return an integer or None; got {limit}")
         with full_precision(x.device):
             routing = self.router(tokens, limit, real, names)
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                f"{type(self.router).__name__}.forward must return a Routing, as token_choice makes one; "
+                f"got {type(routing).__name__}"
+            )
         routing = placed_by(self.capacity, replace(routing, batch=batch, length=length), limit, training=self.training)
         rows = self.dispatcher.dispatch(tokens, routing)
-        y = self.dispatcher.combine(self.experts(rows), rows, routing)
+        out = self.experts(rows)
+        if getattr(out, "shape", None) != rows.x.shape:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"{type(self.experts).__name__}.forward must return an output for each row, of shape "
+                f"{list(rows.x.shape)} as rows.x is; got {got}"
+            )
+        y = self.dispatcher.combine(out, rows, routing)
         if self.dropped != "zero":
             y = y + self._left_behind(tokens, routing)
         y = self._ungrouped(y, x.shape)

@@ -25,6 +25,7 @@ from switchkit import (
     MoELayer,
     NoisyTopK,
     Router,
+    Rows,
     Soft,
     Sorted,
     Switch,
@@ -255,6 +256,48 @@ def test_a_part_in_place_of_what_builds_it_is_refused(part: dict, says: str) -> 
     with pytest.raises(ValueError, match="must be what builds a .*, so that each layer has its own") as caught:
         MoELayer(8, 4, d_ff=8, **part)
     assert says in str(caught.value)
+
+
+class Fraction(Switch):
+    k = 1.5
+
+
+class Pair(Switch):
+    def forward(self, *given: object) -> object:
+        routing = super().forward(*given)
+        return routing.expert, routing.weight
+
+
+class Unrounded(CapacityPolicy):
+    def limit(self, S: int, E: int, K: int, *, training: bool) -> float:
+        return 1.25 * S * K / E
+
+
+class Narrow(Mlp):
+    def forward(self, rows: Rows) -> Tensor:
+        return super().forward(rows)[..., :2]
+
+
+class Nothing(Mlp):
+    def forward(self, rows: Rows) -> None:
+        super().forward(rows)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dispatcher", [Sorted, Einsum])
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"router": Fraction}, "Fraction.k must be an integer; got 1.5"),
+        ({"router": Pair}, "Pair.forward must return a Routing, as token_choice makes one; got tuple"),
+        ({"capacity": Unrounded}, "Unrounded.limit must return an integer or None; got 2.5"),
+        ({"experts": Narrow}, "Narrow.forward must return an output for each row, of shape"),
+        ({"experts": Nothing}, "as rows.x is; got NoneType"),
+    ],
+)
+def test_parts_that_return_something_else_are_told(part: dict, says: str, dispatcher: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        MoELayer(6, 4, d_ff=6, dispatcher=dispatcher, **part)(torch.randn(2, 8, 6))
 
 
 def test_a_router_that_needs_ids_says_so() -> None:
