@@ -87,7 +87,7 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Of the last epoch: at the very end callbacks that average weights have put their averages into the model.
-        done = trainer.fit_loop.epoch_progress.current.processed
+        done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         if trainer.should_stop or done >= (trainer.max_epochs or -1) > 0:
             self.save(trainer)
 
