@@ -46,6 +46,13 @@ class TrainingBar(ProgressBar):
         self._enabled = True
         self._tokens, self._seconds, self._moment = 0, 0.0, 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Callbacks that average weights copy the model, and with it the whole Trainer; a console holds a lock.
+        return {name: value for name, value in vars(self).items() if name not in ("_console", "_bar")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _console=Console(), _bar=None)
+
     def enable(self) -> None:
         self._enabled = True
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
@@ -81,9 +82,11 @@ def closing(cli: Any) -> None:
         return
     wall = time.perf_counter() - cli.started
     best, last = _saved(trainer, SaveBest), _saved(trainer, SaveLast)
-    for bar in trainer.callbacks:
-        if hasattr(bar, "disable"):
-            bar.disable()
+    for callback in trainer.callbacks:
+        if hasattr(callback, "disable"):
+            callback.disable()  # the bar
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = None  # which it would put in the place of the best one's weights
     if not isinstance(cli.model, LanguageModule):
         if trainer.is_global_zero:
             console().print(rows_table("Result", _of_another_kind(trainer, wall, best or last)))
@@ -124,7 +127,7 @@ def closing(cli: Any) -> None:
     out.print(rows_table(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))
     shown = best or last
     if shown is not None:
-        on = f"--ckpt_path {shlex.quote(str(last or shown))} --trainer.max_steps {2 * trainer.global_step}"
+        on = f"--ckpt_path {shlex.quote(str(last or shown))}{_longer(trainer)}"
         names = cli.settings.get("plugins")
         plugins = f" --plugins {shlex.join(names)}" if names else ""
         out.print("Next:", style="bold")
@@ -198,6 +201,19 @@ def _saved(trainer: Any, kind: type[SaveBest | SaveLast]) -> Path | None:
     """The file that the first callback of a kind saved, if it is still there."""
     path = next((callback.path for callback in trainer.callbacks if isinstance(callback, kind)), None)
     return path if path is not None and path.exists() else None
+
+
+def _longer(trainer: Any) -> str:
+    """Options that let a run go on: twice as far, by what it ended with. One that a callback ended goes on without."""
+    found = ""
+    if 0 < trainer.max_steps <= trainer.global_step:
+        found += f" --trainer.max_steps {2 * trainer.global_step}"
+    if 0 < (trainer.max_epochs or -1) <= trainer.current_epoch:
+        found += f" --trainer.max_epochs {2 * trainer.max_epochs}"
+    left = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in left):
+        found += " --trainer.max_time null"
+    return found
 
 
 def _config(trainer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_a_module_of_another_kind(tmp_path: Path) -> None:
         default_root_dir=tmp_path, enable_model_summary=False,
     ).fit(BoringModel())  # fmt: skip
     assert list(bar._shown) == ["loss"]
+
+
+def test_a_copy_is_a_bar_of_its_own() -> None:
+    bar = TrainingBar(refresh_rate=3)
+    other = copy.deepcopy(bar)
+    assert other.refresh_rate == 3
+    assert other._console is not bar._console
 
 
 def test_bad_refresh_rate() -> None:

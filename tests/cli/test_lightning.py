@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shlex
 from pathlib import Path
 
@@ -238,6 +239,42 @@ def test_a_run_without_rows_of_training(folder, run, bare, result):
     assert result in out
     assert Path("runs/version_0/metrics.csv").exists() == (bare == "false")
     assert bool(list(Path("runs").rglob("last.ckpt"))) == (bare == "false")
+
+
+def test_averaged_weights_of_the_best_checkpoint_are_shown(run):
+    """Those of the first validation, as the rate is far too large."""
+    often = [
+        "--trainer.val_check_interval",
+        "2",
+        "--trainer.check_val_every_n_epoch",
+        "null",
+        "--trainer.max_steps",
+        "6",
+    ]
+    averaging = ["--trainer.callbacks+", "EMAWeightAveraging", "--trainer.callbacks.decay", "0.5"]
+    code, _, err = run("fit", *SMALL, "--trainer.max_steps", "6", *often, *averaging, "--model.optimizer.lr", "3")
+    assert code == 0, err
+    assert run("validate", *SMALL, "--ckpt_path", "runs/version_0/checkpoints/best.ckpt")[0] == 0
+
+    def last(version):
+        return list(csv.DictReader(Path(f"runs/version_{version}/metrics.csv").open()))[-1]["val/loss"]
+
+    assert last(0) == last(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "longer"),
+    [
+        (["max_steps", "2"], "--trainer.max_steps 4"),
+        (["max_steps", "-1", "--trainer.max_epochs", "1"], "--trainer.max_epochs 2"),
+        (["max_steps", "10000", "--trainer.max_time", "00:00:00:01"], "--trainer.max_time null"),
+    ],
+)
+def test_a_run_goes_on_by_what_ended_it(run, given, longer):
+    code, out, err = run("fit", *SMALL, f"--trainer.{given[0]}", *given[1:])
+    assert code == 0, err
+    command = next(line for line in out.splitlines() if line.startswith("  switchkit fit"))
+    assert command.endswith(f"last.ckpt {longer}")
 
 
 def test_validate_prints_the_loss(runs, run):
