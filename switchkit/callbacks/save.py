@@ -166,12 +166,13 @@ class SaveBest(Checkpoint):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"path": None if self.path is None else str(self.path), "value": self.value}
+        path = None if self.path is None else str(self.path)
+        return {"monitor": self.monitor, "path": path, "value": self.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = state_dict["path"]
-        # Without its file a past best is no use: the next validation sets a new one.
-        if path is None or not Path(path).exists():
+        # Without its file a past best is no use, nor is that of another metric: the next validation sets a new one.
+        if path is None or not Path(path).exists() or state_dict.get("monitor", self.monitor) != self.monitor:
             return
         # last.ckpt of a step is saved before the validation at that step, and best.ckpt after it.
         own = callback_state(path, self.state_key) or state_dict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -60,6 +61,9 @@ def test_best_is_the_lowest_over_resumed_parts(tmp_path: Path) -> None:
     resumed = SaveBest()
     resumed.load_state_dict(best.state_dict())
     assert (resumed.path, resumed.value) == (best.path, best.value)
+    another = SaveBest("val/perplexity")
+    another.load_state_dict(best.state_dict())
+    assert (another.path, another.value) == (None, math.inf)
     best.path.unlink()
     resumed = SaveBest()
     resumed.load_state_dict(best.state_dict())
