@@ -27,7 +27,7 @@ from switchkit.losses.base import Loss, LossFactory, built, names_of
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
-from switchkit.models.order import RecordOrder
+from switchkit.models.order import RecordOrder, check_records
 from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, last_step, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
@@ -173,12 +173,7 @@ class LanguageModule(L.LightningModule):
         """
         source = {name: batch[name] for name in ("source", "source_valid") if name in batch}
         out: Output = self.net(batch["tokens"], batch.get("valid"), **source)
-        if len(out.routings) != len(self.sparse_layers):
-            raise ValueError(
-                f"{type(self.net).__name__} returned {len(out.routings)} routing records for "
-                f"{len(self.sparse_layers)} sparse layers ({', '.join(self.sparse_layers)}): return one for each "
-                "MoELayer, in the order of named_modules; a layer cannot be left out, or called twice"
-            )
+        check_records(self.net, self.sparse_layers, out.routings)
         if self._order is not None:
             self._order.check(out.routings)
             self._order = None
@@ -423,7 +418,8 @@ class LanguageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_ours(checkpoint)
         ours = checkpoint["switchkit"]
-        self._tell_of_another_text(ours)
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        origin.tell_of_another_text(ours, data)
         self.hugging_face = origin.carried(ours, self.tokenizer)
         # What was counted on all devices goes on from the first of them.
         first = self._trainer is None or self.global_rank == 0
@@ -434,26 +430,6 @@ class LanguageModule(L.LightningModule):
         counts = ours.get("step_counts")
         if counts is not None:
             self._step.restore(counts.to(self.device), first)
-
-    def _tell_of_another_text(self, ours: Mapping[str, Any]) -> None:
-        """Warn where the data are called what the checkpoint's are called, and hold another text.
-
-        A file was edited, say, or one has come to be at hand in whose place a generated text was taken.
-        """
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        then = ours.get("source") or {}
-        if data is None or then.get("sha256") is None or not hasattr(data, "source_info"):
-            return
-        now = data.source_info()
-        if now.get("sha256") in (None, then["sha256"]):
-            return
-        if now.get("origin") == then.get("origin") or described_data(data) == ours["data"]:
-            rank_zero_warn(
-                f"the text is not the one that the checkpoint was trained on: {now.get('description')} (sha256 "
-                f"{now['sha256'][:8]}) now, {then.get('description')} ({then['sha256'][:8]}) then. What is held out "
-                "here it may have read, and its place in the training data means another one: bring the text back, or "
-                "name this one by --data.path and begin from the weights (--init_from)"
-            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; of whole tensors a sharded model takes its parts.

@@ -1,14 +1,16 @@
-"""What the files of an imported model said that the model itself does not know, such as the ids of special tokens."""
+"""Where a model comes from: what imported files said that it does not know itself, and the text it was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from switchkit.data.tokenizers import Tokenizer
-from switchkit.spec import build, describe_object
+from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["SPECIAL_IDS", "begin_ids", "carried", "end_ids", "generation_of"]
+from switchkit.data.tokenizers import Tokenizer
+from switchkit.spec import build, describe_object, described_data
+
+__all__ = ["SPECIAL_IDS", "begin_ids", "carried", "end_ids", "generation_of", "tell_of_another_text"]
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What belongs to the vocabulary, by the names that config.json and generation_config.json have for it."""
@@ -63,6 +65,30 @@ def carried(settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
     if not origin or _same_vocabulary(settings, origin, tokenizer):
         return origin
     return {name: {k: v for k, v in part.items() if k not in SPECIAL_IDS} for name, part in origin.items()}
+
+
+def tell_of_another_text(settings: Mapping[str, Any], data: Any) -> None:
+    """Warn where the data are called what the checkpoint's are called, and hold another text.
+
+    A file was edited, say, or one has come to be at hand in whose place a generated text was taken.
+
+    Args:
+        settings: the entry "switchkit" of the checkpoint.
+        data: the data module that goes on; None: none.
+    """
+    then = settings.get("source") or {}
+    if data is None or then.get("sha256") is None or not hasattr(data, "source_info"):
+        return
+    now = data.source_info()
+    if now.get("sha256") in (None, then["sha256"]):
+        return
+    if now.get("origin") == then.get("origin") or described_data(data) == settings["data"]:
+        rank_zero_warn(
+            f"the text is not the one that the checkpoint was trained on: {now.get('description')} (sha256 "
+            f"{now['sha256'][:8]}) now, {then.get('description')} ({then['sha256'][:8]}) then. What is held out "
+            "here it may have read, and its place in the training data means another one: bring the text back, or "
+            "name this one by --data.path and begin from the weights (--init_from)"
+        )
 
 
 def _same_vocabulary(settings: Mapping[str, Any], origin: Mapping[str, Any], tokenizer: Tokenizer | None) -> bool:

@@ -1,4 +1,4 @@
-"""Whether the records of a model stand in the order of its sparse layers, found at its first batch."""
+"""Whether the records of a model are those of its sparse layers, one for each and in their order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from torch import nn
 from switchkit.layers import MoELayer
 from switchkit.records import Routing
 
-__all__ = ["RecordOrder"]
+__all__ = ["RecordOrder", "check_records"]
+
+
+def check_records(net: nn.Module, layers: Sequence[str], routings: Sequence[Routing]) -> None:
+    """Raises ValueError where a model returned other than one record for each of its sparse `layers`."""
+    if len(routings) != len(layers):
+        raise ValueError(
+            f"{type(net).__name__} returned {len(routings)} routing records for {len(layers)} sparse layers "
+            f"({', '.join(layers)}): return one for each MoELayer, in the order of named_modules; a layer cannot be "
+            "left out, or called twice"
+        )
 
 
 class RecordOrder:
