@@ -37,7 +37,7 @@ class FileTokenizer(Tokenizer):
     The content of the file becomes part of whatever is saved with it: a checkpoint, a folder of tokens. It is not
     looked for again. Special tokens that a text spells out are read as ordinary text, and nothing is put before or
     after a text, cut off or drawn at random, whatever the file says about that: data modules put the end of a text
-    where it belongs, and nobody a beginning of text.
+    where it belongs, and `generate` the beginning before a prompt of an imported model.
     Decoding leaves out padding and the end, and writes sentinels and other special tokens as ``<extra_id_0>``.
 
     Args:
