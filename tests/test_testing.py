@@ -477,6 +477,18 @@ def test_a_loss_that_reads_the_counts_of_the_step_passes() -> None:
     check_loss(OverTheStep)
 
 
+def test_a_router_that_closes_experts_passes() -> None:
+    class Closing(Switch):
+        """The last of several experts takes no token."""
+
+        def logits(self, tokens: Tensor) -> Tensor:
+            last = torch.arange(self.num_experts) == max(self.num_experts - 1, 1)
+            return super().logits(tokens).masked_fill(last, -torch.inf)
+
+    with shapes.unchecked():
+        check_router(Closing, skip=("compiles",))
+
+
 def test_routers_of_an_even_number_of_experts_pass() -> None:
     with shapes.unchecked():
         check_router(TopK, groups=2, top_groups=1, skip=("compiles",))
