@@ -27,7 +27,7 @@ from switchkit.losses.base import Loss, LossFactory, built, names_of
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
-from switchkit.models.order import RecordOrder, check_records
+from switchkit.models.order import check_records, listened
 from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, last_step, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
@@ -129,7 +129,7 @@ class LanguageModule(L.LightningModule):
         self.last_load = torch.zeros(shape)  # of the last validation or test: shares [L, E]
         self.hugging_face: dict[str, Any] = {}  # what the files of an imported model said beside its sizes
         self._step = Step()
-        self._order: RecordOrder | None = None  # until the first batch of a run
+        self._heard = False  # whether the records of a run's first batch were held against the layers'
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -143,20 +143,11 @@ class LanguageModule(L.LightningModule):
             )
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
-        self._listen(RecordOrder(self.net) if self.sparse_layers else None)
+        self._heard = False
         # What a run left behind that broke off in the middle of a step belongs to no other.
         self._step.clear()
         if stage == "fit" and self._trainer is not None and self.global_step == 0:
             self.train_routing.reset()
-
-    def teardown(self, stage: str) -> None:
-        self._listen(None)
-
-    def _listen(self, order: RecordOrder | None) -> None:
-        """From now on until the next batch was checked."""
-        if self._order is not None:
-            self._order.close()
-        self._order = order
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -172,11 +163,10 @@ class LanguageModule(L.LightningModule):
                 order.
         """
         source = {name: batch[name] for name in ("source", "source_valid") if name in batch}
-        out: Output = self.net(batch["tokens"], batch.get("valid"), **source)
+        call = self.net if self._heard else partial(listened, self.net)
+        out: Output = call(batch["tokens"], batch.get("valid"), **source)
         check_records(self.net, self.sparse_layers, out.routings)
-        if self._order is not None:
-            self._order.check(out.routings)
-            self._order = None
+        self._heard = True
         return out
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from switchkit.layers import MoELayer
 from switchkit.records import Routing
 
-__all__ = ["RecordOrder", "check_records"]
+__all__ = ["check_records", "listened"]
 
 
 def check_records(net: nn.Module, layers: Sequence[str], routings: Sequence[Routing]) -> None:
@@ -25,40 +24,34 @@ def check_records(net: nn.Module, layers: Sequence[str], routings: Sequence[Rout
         )
 
 
-class RecordOrder:
-    """Listens to the sparse layers of a model during one batch, and compares what they said with what the model says.
+def listened(net: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """What a model returns, its records compared with what its sparse layers said.
 
-    Args:
-        net: the model.
+    A compiled model is called as it is: hooks would be compiled with it.
+
+    Raises:
+        ValueError: they stand in another order than that of `named_modules`.
     """
-
-    def __init__(self, net: nn.Module) -> None:
-        self._net = type(net).__name__
-        layers = {name: part for name, part in net.named_modules() if isinstance(part, MoELayer)}
-        self._layers = list(layers)
-        self._heard: list[tuple[str, Routing]] = []
-        self._hooks = [part.register_forward_hook(partial(self._hear, name)) for name, part in layers.items()]
-
-    def _hear(self, name: str, layer: nn.Module, given: Any, result: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._heard.append((name, result[1]))
-
-    def close(self) -> None:
-        """Listen no longer."""
-        for hook in self._hooks:
+    if torch.compiler.is_compiling() or any(_compiled(part) for part in net.modules()):
+        return net(*inputs, **named)
+    layers = {part: name for name, part in net.named_modules() if isinstance(part, MoELayer)}
+    heard: list[tuple[str, Routing]] = []
+    hooks = [part.register_forward_hook(lambda p, _, out: heard.append((layers[p], out[1]))) for part in layers]
+    try:
+        output = net(*inputs, **named)
+    finally:
+        for hook in hooks:
             hook.remove()
-        self._hooks, self._heard = [], []
+    names = [next((name for name, record in heard if record is routing), None) for routing in output.routings]
+    # Records that are none of the layers' own say nothing of the order, and how many there are is another question.
+    if None not in names and len(names) == len(layers) and names != list(layers.values()):
+        raise ValueError(
+            f"{type(net).__name__} returned the records of its sparse layers in the order "
+            f"{', '.join(map(str, names))}; return them in that of named_modules: {', '.join(layers.values())}"
+        )
+    return output
 
-    def check(self, routings: Sequence[Routing]) -> None:
-        """Compare, and listen no longer. Records that are none of the layers' own, as of a compiled model, pass.
 
-        Raises:
-            ValueError: they stand in another order.
-        """
-        names = [next((name for name, heard in self._heard if heard is routing), None) for routing in routings]
-        self.close()
-        if None not in names and names != self._layers:
-            raise ValueError(
-                f"{self._net} returned the records of its sparse layers in the order {', '.join(map(str, names))}; "
-                f"return them in that of named_modules: {', '.join(self._layers)}"
-            )
+def _compiled(part: nn.Module) -> bool:
+    """By ``module.compile()``, by ``torch.compile(module)``, or of its forward alone."""
+    return part._compiled_call_impl is not None or hasattr(part, "_orig_mod") or "forward" in vars(part)
