@@ -19,7 +19,6 @@ from switchkit.models.inputs import check_inputs
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
 TIGHT = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, 0.5, 0.5))
-LATENT = partial(LatentAttention, kv_rank=4, nope_width=2, rope_width=2, v_width=2)
 
 
 def decoder(**options: object) -> Decoder:
@@ -260,7 +259,7 @@ def test_a_part_that_sees_the_future_is_refused() -> None:
     assert decoder(moe=moe, sparse=[]).sparse == ()
 
 
-@pytest.mark.parametrize("attention", [Attention, LATENT])
+@pytest.mark.parametrize("attention", [Attention, LATENT["attention"]])
 def test_attention_that_sees_the_future_is_refused(attention: object) -> None:
     """Allowed, it is the same model with padding marked and without, and keeps no cache."""
     options = {"attention": partial(attention, causal=False), "sparse": []}

@@ -32,8 +32,10 @@ class OptionParser(argparse.ArgumentParser):
             UserError: an unknown option, a missing or unfit value.
         """
         self._given = list(argv)
-        # Intermixed: words of one list may have an option between them.
-        found, unknown = super().parse_known_intermixed_args(self._given)
+        found, unknown = super().parse_known_args(self._given)
+        if unknown and not unknown[0].startswith("-"):
+            # Words of one list may have an option between them; what is missing is told better above.
+            found, unknown = super().parse_known_intermixed_args(self._given)
         if unknown and not unknown[0].startswith("-"):
             raise UserError(f"{self.prog}: {unknown[0]!r} belongs to no option, and is one word too many")
         if unknown:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["anywhere", "import_plugins", "importable", "load_entry_points", "split_plugins"]
+__all__ = ["anywhere", "distinct", "import_plugins", "importable", "load_entry_points", "split_plugins"]
 
 _GROUP = "switchkit.plugins"
 
@@ -82,6 +82,14 @@ def anywhere(name: str, folder: Path | None) -> str:
         return name
     full = path.resolve()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The plugins in order, each module once: the file and the module that was imported from it are one."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(Path(name).stem if name.endswith(".py") else name, name)
+    return list(found.values())
 
 
 def _file(name: str, folder: Path | None) -> Path | None:

@@ -15,7 +15,7 @@ from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
 from switchkit.cli.normalise import Edit, Source, edit, is_spec, merge, merge_arguments, require, subconfig, target_of
 from switchkit.cli.options import new_file
-from switchkit.cli.plugins import anywhere, import_plugins, load_entry_points
+from switchkit.cli.plugins import anywhere, distinct, import_plugins, load_entry_points
 from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
@@ -64,7 +64,7 @@ def compose(command: str, arguments: Arguments) -> dict[str, Any]:
         path = path or teacher
     tree = merge_all(sources, command)
     named = [anywhere(n, source.folder) for source in sources for n in _listed(source.values.get("plugins"))]
-    tree["plugins"] = list(dict.fromkeys(named + arguments.plugins)) or None
+    tree["plugins"] = distinct(named + arguments.plugins) or None
     if resumed is not None:
         tree["ckpt_path"] = str(resumed)
     elif begun is not None:

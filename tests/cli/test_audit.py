@@ -70,8 +70,8 @@ def test_other_faults_leave_the_exit_code_alone(run):
     code, out, _ = run("audit", *SMALL, "--model.losses", "[{class_path: balance, init_args: {layers: sum}}]")
     # One sparse layer, of which sum and mean are the same.
     assert (code, "0 faults" in out) == (0, True)
-    argv = [*SMALL, "--model.net.sparse", "every(1)", "--model.losses.weight", "1"]
-    code, out, _ = run("audit", *argv, "--model.losses", "[{class_path: balance, init_args: {layers: sum}}]")
+    argv = [*SMALL, "--model.moe.router", "top_k", "--model.moe.router.k", "2"]
+    code, out, _ = run("audit", *argv, "--model.losses", "[{class_path: balance, init_args: {scale: k}}]")
     assert (code, "1 fault," in out) == (0, True)
 
 

@@ -111,7 +111,8 @@ def test_plugins_in_a_configuration_and_a_router_beside_it(folder):
     (folder / "far" / "recipe.yaml").write_text(recipe + "plugins: [beside]\n")
     found = settings("fit", "-c", "far/recipe.yaml", "--plugins", "beside")
     assert router(found)["class_path"] == "beside.MyTopK"
-    assert found["plugins"] == ["beside"]
+    # By its file, so that the saved configuration finds it from here.
+    assert found["plugins"] == ["far/beside.py"]
 
 
 def test_a_saved_configuration_serves_a_sister_command():
