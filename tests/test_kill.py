@@ -9,6 +9,7 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
 import torch
 from distributed import server
 
@@ -75,6 +76,7 @@ def final(folder: Path) -> torch.Tensor:
     return torch.cat([value.flatten() for value in content["state_dict"].values()])
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_resume_to_the_same_weights(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "killed", "stopped")]
     running = []

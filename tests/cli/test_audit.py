@@ -47,6 +47,7 @@ def test_a_leak_that_the_recipe_allows_is_one_still(run):
     assert "refuses" not in out
 
 
+@pytest.mark.slow
 def test_a_leak_that_a_full_group_alone_shows(run):
     argv = [*SMALL, *LEAK, "--model.moe.capacity.train", "0.5", "--data.batch_size", "20"]
     code, out, _ = run("audit", *argv, "--model.moe.group", "256")

@@ -228,6 +228,7 @@ def test_words_on_another_text(taught, run):
     assert (cli.datamodule.path, cli.datamodule.stride) == ("other.txt", 4)
 
 
+@pytest.mark.slow
 def test_words_of_a_teacher_with_a_part_of_ones_own(folder, once, run):
     teacher = once("own", "--plugins", "mine", "--model.moe.router", "mine_top_k")
     forget("mine")

@@ -242,6 +242,7 @@ def test_a_run_without_rows_of_training(folder, run, bare, result):
     assert bool(list(Path("runs").rglob("last.ckpt"))) == (bare == "false")
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_the_best_checkpoint_are_shown(run):
     """Those of the first validation, as the rate is far too large."""
     often = [
@@ -375,6 +376,7 @@ def test_a_whole_number_stays_one():
         assert type(cli.trainer.limit_val_batches) is kind
 
 
+@pytest.mark.slow
 def test_the_commands_to_go_on_with_run_as_they_are_printed(run, folder):
     """From a folder whose name a shell would take apart and rich would colour, on a text without spaces."""
     Path("text.txt").write_text("天地玄黃宇宙洪荒\n日月盈昃辰宿列張\n" * 60)

@@ -104,6 +104,7 @@ def test_data_without_validation(run):
     assert "Next:" in out
 
 
+@pytest.mark.slow
 def test_held_out_data_without_a_length(run):
     argv = ("-c", "small.yaml", "--data", "own.Streamed", "--trainer.limit_val_batches", "1.0")
     code, out, err = run("fit", *argv, "--trainer.max_steps", "3")

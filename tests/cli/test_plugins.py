@@ -45,6 +45,7 @@ def test_a_file_is_imported_and_no_other_module_of_its_name(folder, run):
     assert "--plugins: 'tok/tokens.py': there is no such file" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["theirs", "theirs.py"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_lies_beside_a_recipe_is_found_by_what_comes_after(folder, run, named):
@@ -80,6 +81,7 @@ def test_a_broken_entry_point_names_its_package(monkeypatch):
         load_entry_points()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_fit_says_to_do_next_works_as_it_stands(folder, run):
     """With the user's own part, and on a text without the letters of a play."""

@@ -118,6 +118,7 @@ def saved(rank: int, world: int, folder: str) -> tuple[dict[str, torch.Tensor], 
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_is_that_of_one(tmp_path: Path) -> None:
     """The student's weights and what was learned beside it, whole, and taken apart again."""
     for before, after in run(2, saved, str(tmp_path)):

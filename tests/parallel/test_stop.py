@@ -88,6 +88,7 @@ def hold(tmp_path: Path, strategy: Any, told: list[Told] = TOLD, ends: Any = END
         assert found == [{"code": c, "step": 9, "ranks": r, "saved": 9, "same": True} for c, r in ends]
 
 
+@pytest.mark.slow
 def test_all_stop_at_one_step_and_go_on_exactly_under_ddp(tmp_path: Path) -> None:
     hold(tmp_path, "ddp")
 
