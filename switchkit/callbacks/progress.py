@@ -51,7 +51,7 @@ class TrainingBar(ProgressBar):
         return {name: value for name, value in vars(self).items() if name not in ("_console", "_bar")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _console=Console(), _bar=None)
+        self.__dict__.update(state, _console=Console(emoji=False), _bar=None)
 
     def enable(self) -> None:
         self._enabled = True
