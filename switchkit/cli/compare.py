@@ -142,7 +142,7 @@ def _compare(
                     complete = name == list(trees)[-1]
                     _write(folder, trees, results, twin, definition.title, notes, plots and complete)
         results = _write(folder, trees, results, twin, definition.title, notes, plots)
-    _tell(out, results, twin, folder.path)
+    _tell(results, twin, folder.path)
     return [result for result in results if not result.finished]
 
 
@@ -216,7 +216,7 @@ def _notes(
     return notes
 
 
-def _tell(out: Any, results: Sequence[Result], twin: str, path: Path) -> None:
+def _tell(results: Sequence[Result], twin: str, path: Path) -> None:
     # A table that is cut says nothing.
     out = console(170)
     table = Table(title="Result", title_justify="left", title_style="bold", box=None, pad_edge=False)

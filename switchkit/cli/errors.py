@@ -37,11 +37,11 @@ def one_line(error: BaseException) -> str | None:
         return _flat(f"{error.filename}: {reason}" if error.filename is not None else reason)
     if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
         return _flat(str(error))
-    if isinstance(error, ValueError) and _raised_by_loops(error.__traceback__):
-        return _flat(str(error))
+    if isinstance(error, ValueError) and _raised_by_lightning(error.__traceback__, "loops"):
+        return _flat(str(error))  # data that a loop refuses, such as fewer batches than val_check_interval
     # By its name: nothing here imports Lightning.
     refused = type(error).__name__ == "MisconfigurationException"
-    if refused or (isinstance(error, RuntimeError) and _raised_by_callback(error.__traceback__)):
+    if refused or (isinstance(error, RuntimeError) and _raised_by_lightning(error.__traceback__, "callbacks")):
         return _flat(str(error))
     return None
 
@@ -103,14 +103,9 @@ def _flat(text: str) -> str:
     return " ".join(text.split()) or "failed without a message"
 
 
-def _raised_by_callback(trace: TracebackType | None) -> bool:
-    """Whether a callback that comes with Lightning raised an error itself."""
-    return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", "callbacks")
-
-
-def _raised_by_loops(trace: TracebackType | None) -> bool:
-    """Whether a loop of Lightning's refused the data, such as fewer batches than ``val_check_interval``."""
-    return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", "loops")
+def _raised_by_lightning(trace: TracebackType | None, part: str) -> bool:
+    """Whether a part of Lightning itself, such as one of its callbacks, raised an error."""
+    return Path(*_files(trace)[-1:]).parent.parts[-3:] == ("lightning", "pytorch", part)
 
 
 def _files(trace: TracebackType | None) -> list[str]:

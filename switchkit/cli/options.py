@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
 
-__all__ = ["OptionParser", "check_place", "json_file", "new_file", "number"]
+__all__ = ["OptionParser", "json_file", "new_file", "number"]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -69,8 +69,9 @@ def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
     return read
 
 
-def new_file(given: str, *, makes_folder: bool = False) -> Path:
-    """The path of ``--out``, which is not there yet, while its folder is, unless whoever writes it `makes_folder`.
+def new_file(given: str, *, makes_folder: bool = False, replaces: bool = False) -> Path:
+    """The path of ``--out``, which is not there yet, unless whoever writes it `replaces` it; its folder is there,
+    unless that `makes_folder`.
 
     Raises:
         UserError: it is there already, or its folder is not, or cannot be written in.
@@ -80,30 +81,13 @@ def new_file(given: str, *, makes_folder: bool = False) -> Path:
     out = Path(given).expanduser()
     if out.is_dir():
         raise UserError(f"--out {given} is a folder: name a file in it")
-    if out.exists():
+    if out.exists() and not replaces:
         raise UserError(f"--out {given} is there already: name another file, or remove it first")
     folder = next(path for path in out.parents if path.exists()) if makes_folder else out.parent
     if folder.is_file():
         raise UserError(f"--out {given}: {str(folder)!r} is a file, and no folder: name another")
     _check_folder(folder / out.name, f"--out {given}")
     return out
-
-
-def check_place(given: str) -> None:
-    """Refuse an ``--out`` that cannot be written: no name, a folder, or one in a folder that cannot be written in.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not given.strip():
-        raise UserError("--out needs the name of a file")
-    out = Path(given).absolute()
-    if out.is_dir():
-        raise UserError(f"--out {given} is a folder: name a file in it")
-    there = next(path for path in out.parents if path.exists())
-    if there.is_file():
-        raise UserError(f"--out {given}: {str(there)!r} is a file, and no folder: name another")
-    _check_folder(there / out.name, f"--out {given}")
 
 
 def json_file(given: str) -> Path:

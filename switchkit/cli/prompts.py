@@ -47,9 +47,9 @@ def check_prompts(options: Namespace) -> None:
     if not options.prompt_file.strip():
         raise UserError("--prompt_file needs the name of a file, or - for stdin")
     path = Path(options.prompt_file).expanduser()
-    if path.is_dir() or not path.exists():  # a pipe is no file, and can be read
-        if path.is_dir():
-            raise UserError(f"--prompt_file {path} is a folder: name a text file in it")
+    if path.is_dir():
+        raise UserError(f"--prompt_file {path} is a folder: name a text file in it")
+    if not path.exists():  # a pipe is no file, and can be read
         beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"--prompt_file {path}: there is no such file{near(str(path), beside)}")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.options import OptionParser, check_place, number
+from switchkit.cli.options import OptionParser, new_file, number
 from switchkit.cli.reading import Bar, bar, stops_cleanly
 
 __all__ = ["run"]
@@ -33,7 +33,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from switchkit.data.text_files import text_files
     from switchkit.data.train_tokenizer import save_tokenizer, train_tokenizer
 
-    check_place(options.out)
+    options.out = str(new_file(options.out, makes_folder=True, replaces=True))
     texts = text_files(options.files)
     if any(Path(options.out).resolve() == Path(text).resolve() for text in options.files):
         raise UserError(f"--out {options.out} is one of the texts, which it would take the place of: name another file")
