@@ -506,6 +506,7 @@ def test_the_gradient_norms_are_those_of_a_training_step():
     assert evidence.endswith(f"blocks.1.mlp {float(norm):.2g}")
 
 
+@pytest.mark.slow
 def test_experts_without_gradient_are_told_apart():
     cut = findings(TopK, experts=Dead, capacity=Dropless)["expert gradients"]
     assert cut.status == "fault"
@@ -673,6 +674,7 @@ def test_uniform_routing():
         assert load_variation(even).item() == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_every_router_can_be_audited():
     from switchkit.registry import named
 

@@ -54,6 +54,7 @@ def figures(*arguments: str, generation: bool = False) -> dict[str, Any]:
 # -- layers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_dispatcher_is_measured_against_dense(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures("--shapes", "64,8,16,4,1", "96,8,16,4,2,gated", "--no-recipe")
     assert found["command"].startswith("switchkit bench --shapes 64,8,16,4,1")
@@ -117,6 +118,7 @@ def test_contestants_agree_and_leave_no_gradient() -> None:
         assert all(weight.grad is None for weight in contestant.layer.parameters())
 
 
+@pytest.mark.slow
 def test_what_has_no_room_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +191,7 @@ def recipe() -> str:
     return "small.yaml"
 
 
+@pytest.mark.slow
 def test_training_step_of_a_recipe(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = figures("--no-layer", "--no-routers", "--recipe", recipe, "--steps", "4")["recipe"]
     assert found["tokens_per_step"] == 64
@@ -236,6 +239,7 @@ def test_blocks_are_sums_and_lose_nothing() -> None:
 # -- generation ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generation_with_a_cache_and_without(capsys: pytest.CaptureFixture[str]) -> None:
     left_out = ("--no-layer", "--no-routers", "--no-recipe", "--new_tokens", "6")
     narrow, found = figures(*left_out, generation=True)["generation"]

@@ -75,6 +75,7 @@ def test_the_same_step_in_two_processes(capsys: pytest.CaptureFixture[str]) -> N
     assert "expert_parallel_2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "seconds", "said"),
     [(fails, 100.0, "(?s)process 1 of 2 failed.*out of luck"), (hangs, 0.5, "not done within 0.5 seconds")],

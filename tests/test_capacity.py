@@ -349,6 +349,7 @@ def test_a_policy_may_drop_more_than_the_overflow(room: int | None, dispatcher: 
     dispatchers_agree(case)
 
 
+@pytest.mark.slow
 def test_a_policy_of_its_own_compiles() -> None:
     compiles(Case(k=2, capacity=Worthy, options=(("normalize", "never"),)), around=unchecked)
 

@@ -41,6 +41,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
+@pytest.mark.slow
 def test_kills_while_saving_leave_a_whole_file(tmp_path: Path) -> None:
     """A process that saves without end is killed at odd moments; what is at the path always reads."""
     path = save(tmp_path / "a.ckpt")
@@ -228,6 +229,7 @@ def test_last_without_any_is_an_error(tmp_path: Path) -> None:
         checkpoints.last(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_a_checkpoint_of_built_in_parts(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt", model={"class_path": "switchkit.module.LanguageModule", "init_args": {}})
     code = "import sys; from switchkit.checkpoints import read_settings; print(read_settings(sys.argv[1])['step'])"

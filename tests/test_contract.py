@@ -284,6 +284,13 @@ class TestState:
         properties.checkpointing_changes_nothing(on(case, device))
 
     # Every router, policy, dispatcher and kind of experts at least once.
+    @pytest.mark.daily(
+        "switch-factor-sorted",
+        "expert_choice-factor-sorted",
+        "top_k2-dropless-padded",
+        "hash2-factor-sorted",
+        "top_k2-factor-sorted-null",
+    )
     @cases(
         *(case for case in PER_ROUTER if case.k in (2, None)),
         *(properties.replace(Case(router=name), training=True) for name in ("base", "sinkhorn")),

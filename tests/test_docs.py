@@ -71,6 +71,7 @@ def test_the_tutorials_experts_that_choose_pass_the_checks(folder: Path) -> None
         check_router(importlib.import_module("my_expert_share").ExpertShare)
 
 
+@pytest.mark.slow
 def test_the_tutorials_capacity_policy_passes_the_checks(folder: Path) -> None:
     """All but that nothing is dropped without need, which is what it is for."""
     (folder / "my_worthwhile.py").write_text(blocks(DOCS / "your_own_router.md")[3], encoding="utf-8")
@@ -93,6 +94,7 @@ def parts(folder: Path) -> None:
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize(
     ("file", "name", "check"),

@@ -46,6 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     return weights(fit(tmp_path_factory.mktemp("whole")))
 
 
+@pytest.mark.daily("killed_at_17")
 @pytest.mark.parametrize("step", [6, 17, 26, 39], ids="killed_at_{}".format)
 def test_killed_run_resumes_bit_identical(whole: torch.Tensor, tmp_path: Path, step: int) -> None:
     # 25 batches make an epoch: 26 lies in the second, and its checkpoint on the boundary. 7 steps make a validation.
@@ -54,6 +55,7 @@ def test_killed_run_resumes_bit_identical(whole: torch.Tensor, tmp_path: Path, s
     assert torch.equal(weights(fit(tmp_path, resume=True)), whole)
 
 
+@pytest.mark.slow
 def test_several_kills_in_one_run(whole: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fit(tmp_path, KillAt(8))
@@ -63,6 +65,7 @@ def test_several_kills_in_one_run(whole: torch.Tensor, tmp_path: Path) -> None:
     assert torch.equal(weights(fit(tmp_path, resume=True)), whole)
 
 
+@pytest.mark.daily("1-2")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_signal_stops_between_steps_and_resumes_bit_identical(tmp_path: Path, number: int, accumulate: int) -> None:
@@ -97,6 +100,7 @@ EPOCH = {"every": 100, "steps": -1, "max_epochs": 1, "check_val_every_n_epoch": 
 STEPS = {"every": 100, "steps": 10, "accumulate_grad_batches": 4}
 
 
+@pytest.mark.daily("8-False-options0-8")
 @pytest.mark.parametrize(
     ("batch", "validation", "options", "steps"),
     [
@@ -123,6 +127,7 @@ def test_a_run_that_a_callback_ends_goes_on_bit_identical(
     assert ends[0]["epoch"] == ends[1]["epoch"]
 
 
+@pytest.mark.slow
 def test_without_the_random_state_the_weights_differ(
     whole: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

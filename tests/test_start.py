@@ -67,6 +67,7 @@ def started(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", worlds(*LAYOUTS))
 def test_values_do_not_depend_on_the_layout(world: int) -> None:
     """Every parameter and buffer has the bits of the one that a single device draws with the seed."""
@@ -110,6 +111,7 @@ def peak(rank: int, world: int, empty: bool) -> tuple[int, int]:
     return sum(p.numel() * 4 for p in made.net.parameters()), max(seen) - before
 
 
+@pytest.mark.daily("True")
 @pytest.mark.parametrize("empty", [True, False])
 def test_memory_of_the_start(empty: bool) -> None:
     """Half of the model and one block of four; built at once, all of it."""

@@ -270,6 +270,7 @@ class Fewer(Forgets):
         return replace(r, chosen=r.chosen & ~(second & (r.weight < 0.2)))
 
 
+@pytest.mark.slow
 def test_a_router_that_forgets_its_k_is_told() -> None:
     """Its capacity would be half of what it should be."""
     for router in (Forgets, Fewer):
@@ -317,6 +318,7 @@ def test_a_policy_that_moves_tokens_says_what_was_asked() -> None:
         check_capacity(Hidden, skip=("compiles",))
 
 
+@pytest.mark.slow
 def test_other_kinds_of_a_user() -> None:
     class Half(CapacityPolicy):
         def limit(self, S: int, E: int, K: int, *, training: bool) -> int | None:
@@ -416,6 +418,7 @@ class OneEach(Experts):
         return torch.cat([*(e(x + self.shift) * g for e, g, x in every), torch.zeros_like(rest)])
 
 
+@pytest.mark.slow
 def test_experts_of_one_module_each_pass() -> None:
     with shapes.unchecked():
         check_experts(OneEach)

@@ -41,6 +41,7 @@ def test_bar_shows_loss_bits_speed_imbalance_and_drops(tmp_path: Path) -> None:
     assert "…" not in text  # all of it finds room in 80 columns
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_a_whole_batch_when_gradients_are_accumulated(tmp_path: Path) -> None:
     def losses(**more: Any) -> list[float]:
         return [float(found) for found in re.findall(r"loss (\d\.\d{3})", shown(tmp_path, terminal=False, **more))]

@@ -171,6 +171,7 @@ class Raw(L.Callback):
         self.weights = weights(module)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
 def test_weights_to_go_on_from_are_kept_beside_averages(tmp_path: Path) -> None:
     """Of a run that ends with its epochs, between two saves and with one."""

@@ -86,9 +86,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     written(tmp_path)
-    table = dict(registry._table)
+    table, modules = dict(registry._table), set(sys.modules)
     yield tmp_path
-    for name, module in list(sys.modules.items()):
+    for name, module in [(name, module) for name, module in sys.modules.items() if name not in modules]:
         file = getattr(module, "__file__", None)
         # One found by a relative entry of the path has a relative file.
         if file is not None and str(Path(file).absolute()).startswith(str(tmp_path)):

@@ -41,6 +41,7 @@ def test_a_leaking_configuration_is_built_measured_and_told(run):
     assert by_check("found.json")["future tokens"]["status"] == "fault"
 
 
+@pytest.mark.slow
 def test_a_leak_that_the_recipe_allows_is_one_still(run):
     code, out, _ = run("audit", *SMALL, *LEAK, "--model.net.allow_leak", "true")
     assert code == 1
@@ -58,6 +59,7 @@ def test_a_leak_that_a_full_group_alone_shows(run):
     assert "320 tokens do not fill a group of 10000" in found["future tokens"]["evidence"]
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_net(run):
     recipe = "model: {class_path: LanguageModule, init_args: {losses: [balance]}}\n"
     recipe += "data: {class_path: TextData, init_args: {path: text.txt, context: 8, validation_prefix: 512}}\n"
@@ -67,6 +69,7 @@ def test_a_recipe_without_a_net(run):
     assert "on 3 sequences of 8 random tokens" in out
 
 
+@pytest.mark.slow
 def test_other_faults_leave_the_exit_code_alone(run):
     code, out, _ = run("audit", *SMALL, "--model.losses", "[{class_path: balance, init_args: {layers: sum}}]")
     # One sparse layer, of which sum and mean are the same.
@@ -86,10 +89,12 @@ def test_a_checkpoint_is_audited_as_trained(run):
     assert "trained weights" in by_check("found.json")["equal experts"]["evidence"]
 
 
+@pytest.mark.slow
 def test_devices_of_the_recipe_do_not_matter(run):
     assert run("audit", *SMALL, "--trainer.accelerator", "cuda", "--trainer.devices", "4")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_router_with_a_capacity_of_its_own_is_advised_about_that(run):
     argv = [*SMALL, "--model.moe.router", "expert_choice", "--model.moe.capacity", "dropless", "--json", "own.json"]
     run("audit", *argv)
@@ -126,6 +131,7 @@ def test_mistakes_are_one_line(run, argv, said):
     assert said in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_json_to_the_output_stands_there_alone(run):
     code, out, err = run("audit", *SMALL, "--json", "-")
     assert code == 0

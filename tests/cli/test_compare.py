@@ -359,6 +359,7 @@ def test_a_comparison_is_no_recipe(small: Path, run) -> None:
     assert len(comparisons()) == 7
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_one_comparison(small: Path, run) -> None:
     import fcntl
 

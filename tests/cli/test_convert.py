@@ -78,6 +78,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_is_told_before_anything_is_measured(taught: Path, folder: Path, run, monkeypatch) -> None:
     def measured(*_: object, **__: object) -> None:
         raise AssertionError("this takes minutes")

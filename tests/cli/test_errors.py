@@ -216,6 +216,14 @@ BUILDS = {
 }
 
 
+@pytest.mark.daily(
+    "a value of a part",
+    "no text",
+    "a rate below 0",
+    "a package that is not there",
+    "no strategy",
+    "a type of jsonargparse",
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", BUILDS)
 def test_errors_of_constructors_are_one_line_too(run, name):
@@ -294,6 +302,7 @@ def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
     assert run("describe", "-c", "small.yaml", "--trainer.limit_train_batches", "0")[0] == 0  # which does neither
 
 
+@pytest.mark.daily("EarlyStopping")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
 def test_a_metric_that_nobody_logs_is_one_line_with_those_that_are_there(run, name):
@@ -316,6 +325,7 @@ def test_weights_that_nobody_trained_are_told(run):
     assert "no --ckpt_path was given: validate runs the model with the weights that it begins with" in error
 
 
+@pytest.mark.slow
 def test_a_text_for_an_encoder_decoder(run):
     code, _, error = run("fit", "-c", "t5_span", "--data", "TextData", "--data.path", "text.txt")
     assert code == 2

@@ -189,7 +189,11 @@ PROMPTS = ["abc", "d e f", " gh", "a", "hhhh", "c", "ab", "b b"]
 
 
 @pytest.mark.parametrize(
-    "search", [["--temperature", "0"], ["--seed", "5"], pytest.param(["--num_beams", "3"], marks=pytest.mark.slow)]
+    "search",
+    [
+        ["--temperature", "0"],
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (["--seed", "5"], ["--num_beams", "3"])),
+    ],
 )
 def test_a_batch_gives_each_prompt_the_text_it_has_alone(letters, pairs, run, monkeypatch, search):
     """Eight prompts of six lengths, 3 at a time: the last batch has two. The same of an encoder-decoder's sources."""

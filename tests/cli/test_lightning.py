@@ -188,6 +188,7 @@ def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
     assert saved["global_step"] == 3
 
 
+@pytest.mark.daily("ckpt_path")
 @pytest.mark.parametrize("option", ["ckpt_path", "init_from"])
 def test_data_that_a_checkpoint_names_from_another_folder(runs, run, monkeypatch, option):
     """Unless a path of one's own is given, which is one's own to mend."""
@@ -205,6 +206,7 @@ def test_data_that_a_checkpoint_names_from_another_folder(runs, run, monkeypatch
     assert "has it by this name" not in error
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_run_that_goes_on_is_of_its_own_steps(runs, run, monkeypatch):
     """One step of 4 sequences of 16 tokens."""
     tokens = []
@@ -220,6 +222,7 @@ def test_the_speed_of_a_run_that_goes_on_is_of_its_own_steps(runs, run, monkeypa
     assert tokens == [pytest.approx(4 * 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("unit", "most", "reached"), [("step", 2, 2), ("step", 1, 2), ("epoch", 1, 1)])
 def test_a_run_that_was_at_its_end_says_so(folder, run, unit, most, reached):
     begun = ["fit", *SMALL, "--trainer.limit_train_batches", "2", "--trainer.max_steps", "-1"]
@@ -233,6 +236,7 @@ def test_a_run_that_was_at_its_end_says_so(folder, run, unit, most, reached):
     assert "Result" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bare", "result"), [("false", "Result on the "), ("true", "Result, with no validation")])
 def test_a_run_without_rows_of_training(folder, run, bare, result):
     code, out, err = run("fit", *SMALL, "--trainer.log_every_n_steps", "0", "--trainer.barebones", bare)
@@ -264,6 +268,7 @@ def test_averaged_weights_of_the_best_checkpoint_are_shown(run):
     assert last(0) == last(1)
 
 
+@pytest.mark.daily("given0---trainer.max_steps 4")
 @pytest.mark.parametrize(
     ("given", "longer"),
     [
@@ -355,6 +360,7 @@ def test_generate_names_the_missing_option(run):
     assert main(["generate", "--prompt", "a"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_folder_at_home(run, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "home"))
     assert run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "~/runs")[0] == 0
@@ -368,6 +374,7 @@ def test_a_run_folder_at_home(run, folder, monkeypatch):
     assert code == 0, error
 
 
+@pytest.mark.slow
 def test_a_whole_number_stays_one():
     """1 is a batch, and 1.0 all of them: which of `int | float` is tried first depends on what typing has cached."""
     for given, kind in (("1", int), ("1.0", float)):
@@ -390,6 +397,7 @@ def test_the_commands_to_go_on_with_run_as_they_are_printed(run, folder):
         assert code == 0, err
 
 
+@pytest.mark.slow
 def test_predictions_at_home(run, folder, monkeypatch):
     home = folder / "home"
     home.mkdir()

@@ -97,6 +97,7 @@ def test_ours_refuses_what_another_module_wrote(run):
     assert "last.ckpt was not written by switchkit (it holds epoch, global_step" in err
 
 
+@pytest.mark.slow
 def test_data_without_validation(run):
     code, out, err = run("fit", "-c", "small.yaml", "--data", "own.Windows", "--trainer.max_steps", "3")
     assert code == 0, err

@@ -33,6 +33,7 @@ model:
 """
 
 
+@pytest.mark.slow
 def test_what_fits_and_how_to_train_it_so(run):
     code, out, _ = run("plan", *SMALL, "--nodes", "2", "--gpus", "4", "--trainer.precision", "bf16-true")
     assert code == 0
@@ -62,6 +63,7 @@ def test_json_says_all_of_it(run):
         assert one["seconds_per_token"] == pytest.approx(one["seconds"]["total"] / (2 * 3 * 64))
 
 
+@pytest.mark.slow
 def test_the_fastest_has_all_that_was_asked_for(run):
     """In another precision, or of another length, the arrangement may need twice the memory."""
     asked = ["--precision", "bf16-true", "--batch_size", "2", "--context", "8", "--accumulate", "3"]

@@ -68,6 +68,7 @@ def test_a_folder_that_is_a_file_is_told_at_once(run):
     assert "--out text.txt/mine.jsonl: 'text.txt' is a file, and no folder: name another" in err
 
 
+@pytest.mark.slow
 def test_a_writer_of_ones_own_takes_the_place_of_ours(run):
     Path("writer.py").write_text(WRITER)
     argv = ("-c", "small.yaml", "--plugins", "writer", "--trainer.callbacks", "[{class_path: writer.Mine}]")

@@ -32,6 +32,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "lines"
 
 
+@pytest.mark.slow
 def test_a_step_on_pairs_costs_the_mean_of_an_epoch_whatever_the_seed(lines: str) -> None:
     given = [("data.source", lines), ("data.target", lines), ("trainer.callbacks", "[]")]
     given += [(f"model.net.{name}", value) for name, value in SMALL]
@@ -69,6 +70,7 @@ def test_a_recipe_is_written_with_the_steps_of_its_run(tmp_path: Path) -> None:
     assert found["recipes"]["a"] == tree
 
 
+@pytest.mark.daily("5-the whole held-out text")
 @pytest.mark.parametrize(
     ("limit", "said"),
     [

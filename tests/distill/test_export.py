@@ -14,6 +14,7 @@ from switchkit.interop import export_hf, import_hf
 from switchkit.interop.files import open_checkpoint, save_checkpoint
 
 
+@pytest.mark.daily("mixtral-llama-AutoModelForCausalLM")
 @pytest.mark.parametrize(
     ("name", "family", "cls"), [("switch", "t5", AutoModelForSeq2SeqLM), ("mixtral", "llama", AutoModelForCausalLM)]
 )

@@ -269,6 +269,7 @@ def test_the_teacher_is_measured_on_the_student_s_batches(taught, tmp_path):
     assert told == f"{nats / tokens:.4f} nats per token; the student is 0.5000 above it"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_and_its_task(tmp_path):
     """Distilled on the pairs that the teacher learned: the student comes nearer to it."""
     taught = t5_teacher(tmp_path)
@@ -301,6 +302,7 @@ def fit(folder: Path, *callbacks: L.Callback, resume: bool = False, **more: Any)
     return pupil
 
 
+@pytest.mark.daily("twin")
 @pytest.mark.parametrize("more", [{}, EXTRAS, {"init": "usage"}], ids=["twin", "matching", "merged"])
 def test_resume_is_bit_identical(taught, tmp_path, more):
     whole = fit(tmp_path, **more)

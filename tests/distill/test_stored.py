@@ -96,6 +96,7 @@ def spans(folder: Path, **more) -> SpanData:
     return found
 
 
+@pytest.mark.slow
 def test_text_with_holes(tmp_path):
     """The words belong to the very holes that the student reads, in each of their ways, in every epoch."""
     taught, source = t5_teacher(tmp_path), spans(tmp_path)

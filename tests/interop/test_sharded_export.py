@@ -69,6 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_files_are_those_of_the_single_file(name: str, folder: Path, tmp_path: Path) -> None:
     save_checkpoint(module(name), tmp_path / "one.ckpt")
@@ -87,6 +88,7 @@ def alive() -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
+@pytest.mark.slow
 def test_a_few_tensors_are_held_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of six layers with two large tensors each, at most those of one file and two that were read."""
     seen: list[int] = []

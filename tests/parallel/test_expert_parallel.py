@@ -66,6 +66,7 @@ def chosen(ranks: int) -> dict[str, tuple[Case, Any]]:
     return found | {f"drops; {most}, recomputed": (every["drops"], again)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", worlds(2, 4))
 def test_every_layout_equals_one_process(ranks: int) -> None:
     """Losses, every clipped gradient, the norm that is logged, parameters and biases after all steps."""

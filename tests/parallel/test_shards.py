@@ -135,6 +135,7 @@ def uninterrupted() -> dict[str, torch.Tensor]:
     return state(module, own)
 
 
+@pytest.mark.slow
 def test_layouts_with_shards_make_folders(saved: dict[str, Path]) -> None:
     for name, path in saved.items():
         assert path.is_dir() == (name not in ("one", "ddp")), name
@@ -143,6 +144,7 @@ def test_layouts_with_shards_make_folders(saved: dict[str, Path]) -> None:
     assert not list(saved["one"].parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", worlds(1, 2, 4))
 @pytest.mark.parametrize("source", ["one", "expert 2 of 2", "copies"])
 def test_any_layout_goes_on_from_any_other(

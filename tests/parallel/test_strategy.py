@@ -109,6 +109,7 @@ def half(rank: int, world: int, case: Case, precision: str) -> list[dict[str, fl
     ).losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision_is_near_full_precision(precision: str) -> None:
     case = Case()

@@ -176,6 +176,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Measur
     return world, run(world, as_measured, made)
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_first_process_holds(measured: Any) -> None:
     """Parameters and optimizer state to the byte; gradients too, which the last micro-batch has scattered."""
     world, found = measured

@@ -112,6 +112,7 @@ def test_training_without_scipy_says_what_to_install(monkeypatch: pytest.MonkeyP
         router.train()(x, None, valid)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
 @pytest.mark.usefixtures("unchecked")
 def test_training_compiles() -> None:
