@@ -432,7 +432,7 @@ def test_shapes_read_as_they_are_written() -> None:
 
 
 def test_memory_is_kept_on_glibc() -> None:
-    code = "from switchkit.bench.malloc import keep_memory; print(keep_memory())"
+    code = "from switchkit.process import keep_memory; print(keep_memory())"
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True, timeout=60
@@ -441,7 +441,7 @@ def test_memory_is_kept_on_glibc() -> None:
 
 
 def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from switchkit.bench import malloc
+    from switchkit import process
 
-    monkeypatch.setattr(malloc.sys, "platform", "darwin")
-    assert malloc.keep_memory() is False
+    monkeypatch.setattr(process.sys, "platform", "darwin")
+    assert process.keep_memory() is False

@@ -35,6 +35,7 @@ ROWS = [
         "sampling",
         "generation",
         "origin",
+        "process",
         "plan",
         "step",
         "step_callback",

@@ -15,12 +15,11 @@ def main(argv: Sequence[str]) -> int:
         UserError: an unknown option, or a value that does not fit.
     """
     from switchkit.bench.options import parse
-    from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+    from switchkit.cli.plugins import bring_in, split_plugins
 
     rest, plugins = split_plugins(argv)
     options = parse(rest)
-    load_entry_points()
-    import_plugins(plugins, "--plugins")
+    bring_in(plugins)
     # Only now, so that --help and mistyped options answer without waiting for torch.
     from switchkit.bench.run import run
 

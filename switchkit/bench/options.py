@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from switchkit.bench.shapes import Shape, read_shape
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, number, positive
 
 __all__ = ["parse"]
 
@@ -58,7 +58,6 @@ def _parser() -> OptionParser:
     add("--dispatchers", nargs="+", metavar="NAME", help="see `switchkit list dispatchers` (default: all of them)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
     add("--dtype", choices=("fp32", "bf16"), help="of layers and inputs (default: fp32 on a CPU, bf16 on a GPU)")
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     add("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 25, and for 3 seconds at least)")
     add(
         "--threads",
@@ -100,8 +99,8 @@ def _parser() -> OptionParser:
         metavar="N",
         help="tokens to generate with a cache and without (default: %(default)s)",
     )
-    add("--json", metavar="PATH", help="write every figure to a file, or to the output in place of the tables: -")
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_json("every figure")
+    parser.add_plugins()
     return parser
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from switchkit.bench import generation, machine, tables
 from switchkit.bench.contestants import Setup
 from switchkit.bench.growth import growth
 from switchkit.bench.layer import measure
-from switchkit.bench.malloc import keep_memory
 from switchkit.bench.peers import check_peers
 from switchkit.bench.routers import routing
 from switchkit.bench.shapes import CPU_SHAPES, CUDA_SHAPES
@@ -23,6 +21,7 @@ from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import json_target, write_json
 from switchkit.dispatch.base import Dispatcher
+from switchkit.process import keep_memory, threads
 from switchkit.registry import named
 from switchkit.report.tables import console
 
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     )
     out = Console(quiet=True) if to_output else console(markup=True)
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with _threads(options.threads), on_device, warnings.catch_warnings():
+    with threads(options.threads), on_device, warnings.catch_warnings():
         # Of torch, where a first product runs in the backward pass, and about what compiled contestants could round.
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
@@ -121,13 +120,3 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

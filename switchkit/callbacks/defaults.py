@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 
 from switchkit.callbacks.progress import TrainingBar
@@ -14,7 +12,7 @@ from switchkit.callbacks.stop import CleanStop
 __all__ = ["defaults"]
 
 
-def defaults(cli: Any = None) -> list[L.Callback]:
-    """Exact resume, clean stop, checkpoints and the bar; `cli` leaves out those it has already or switches off."""
+def defaults() -> list[L.Callback]:
+    """Exact resume, clean stop, checkpoints and the bar."""
     # Lightning's ckpt_path="best" asks the first that saves.
     return [RandomState(), SaveBest(), SaveLast(), CleanStop(), TrainingBar()]

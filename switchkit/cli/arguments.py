@@ -11,7 +11,7 @@ from switchkit.cli.normalise import Source, edit
 from switchkit.cli.plugins import split_plugins
 from switchkit.cli.recipes import recipes
 
-__all__ = ["Arguments", "environment", "read_arguments"]
+__all__ = ["Arguments", "environment", "read_arguments", "take_options"]
 
 
 @dataclass
@@ -86,3 +86,28 @@ def environment(command: str, variables: Mapping[str, str] = os.environ) -> list
         for name, value in sorted(variables.items())
         if name.startswith(start)
     ]
+
+
+def take_options(argv: Sequence[str], own: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments of `fit`, and the values of the options that are a command's own.
+
+    Args:
+        argv: a command line.
+        own: the options, and what stands for the value of each in an error.
+
+    Raises:
+        UserError: one of its own is without a value.
+    """
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    given = iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name not in own:
+            rest.append(argument)
+            continue
+        value = value if equals else next(given, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{name} needs a value: {name} {own[name]}")
+        found[name] = value
+    return rest, found

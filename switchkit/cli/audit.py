@@ -15,7 +15,7 @@ from rich.text import Text
 
 from switchkit import __version__, checkpoints, report
 from switchkit.audit import LONG, Finding, audit, sees_future, sequences_for
-from switchkit.cli.arguments import read_arguments
+from switchkit.cli.arguments import read_arguments, take_options
 from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import ModelOnly
 from switchkit.cli.normalise import target_of
@@ -50,7 +50,10 @@ _STYLE = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the findings as a table; 1 if the model sees future tokens."""
-    arguments, given = _own(argv)
+    arguments, own = take_options(argv, {"--json": "PATH"})
+    if any(argument.partition("=")[0] == "--out" for argument in arguments):
+        raise UserError("--out: audit has no option 'out': --json PATH writes the findings to a file")
+    given = own.get("--json")
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_HELP)
         return 0
@@ -85,24 +88,6 @@ def _measured(arguments: list[str]) -> dict[str, Any]:
         "refused_by_fit": refused,
         "findings": [asdict(finding) for finding in findings],
     }
-
-
-def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments of `fit`, and what ``--json`` names."""
-    rest, path = [], None
-    given = iter(argv)
-    for argument in given:
-        name, equals, value = argument.partition("=")
-        if name == "--out":
-            raise UserError("--out: audit has no option 'out': --json PATH writes the findings to a file")
-        if name != "--json":
-            rest.append(argument)
-            continue
-        value = value if equals else next(given, "")
-        if not value or value.startswith("--"):
-            raise UserError("--json needs a value: --json PATH")
-        path = value
-    return rest, path
 
 
 def _permit(arguments: list[str]) -> list[str]:

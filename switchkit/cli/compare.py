@@ -14,7 +14,7 @@ from rich.table import Table
 
 from switchkit import __version__
 from switchkit.cli.errors import UserError, exit_code
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, positive
 from switchkit.cli.plugins import split_plugins
 from switchkit.cli.ranges import is_zero
 from switchkit.cli.reading import stops_cleanly
@@ -233,12 +233,11 @@ def _parser(command: str) -> OptionParser:
     parser = OptionParser(command, "Train several recipes alike, seed by seed, and say which differences are chance.")
     parser.epilog = "--KEY VALUE: a setting for all runs, as in `switchkit fit`: --data.path my.txt, --plugins my_file."
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipes, or one comparison; files or names")
-    whole = number(int, "a number from 1 up", lambda n: n >= 1)
-    parser.add_argument("--seeds", type=whole, help="seeds 0 to N - 1 (default: the comparison's, else 3)")
+    parser.add_argument("--seeds", type=positive, help="seeds 0 to N - 1 (default: the comparison's, else 3)")
     parser.add_argument("--budget", help="steps[=N], flops[=X] or minutes=M (default: the comparison's, else steps)")
     parser.add_argument("--out", help="the folder (default: runs/compare/NAME); the same command goes on in it")
     parser.add_argument("--twin", help="the run that speed-ups are against (default: the first without sparse layers)")
-    parser.add_argument("--every", type=whole, help="steps between two points of a curve (default: 20 points)")
+    parser.add_argument("--every", type=positive, help="steps between two points of a curve (default: 20 points)")
     return parser
 
 

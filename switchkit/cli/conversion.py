@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, new_file
-from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.plugins import bring_in, split_plugins
 
 if TYPE_CHECKING:
     from switchkit.module import LanguageModule
@@ -39,8 +39,7 @@ class Conversion:
             UserError, ValueError: it cannot be read, or the file to write is there already.
         """
         out = new_file(options.out)
-        load_entry_points()
-        import_plugins(options.plugins or [], "--plugins")
+        bring_in(options.plugins or ())
 
         from switchkit import checkpoints
         from switchkit.interop.files import open_checkpoint
@@ -78,7 +77,7 @@ def conversion_parser(command: str, description: str) -> OptionParser:
     add("checkpoint", metavar="CKPT", help="a checkpoint, or 'last': the newest of --default_root_dir")
     add("--out", required=True, metavar="PATH", help="the checkpoint to write, such as made.ckpt")
     add("--default_root_dir", default="runs", metavar="DIR", help="where 'last' is looked for (default: %(default)s)")
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     return parser
 
 

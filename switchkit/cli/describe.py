@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchkit import report
+from switchkit.cli.arguments import take_options
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.lightning import build
 
@@ -29,7 +30,7 @@ _TWINS = ("flops", "params")
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the table that opens a training run, or write the recipe of the dense twin."""
-    rest, own = _own(argv)
+    rest, own = take_options(argv, {"--twin": "|".join(_TWINS), "--out": "FILE"})
     if any(argument in ("-h", "--help") for argument in rest):
         print(_HELP)
         return 0
@@ -44,20 +45,3 @@ def run(command: str, argv: Sequence[str]) -> int:
     from switchkit.cli.twin import write
 
     return write(rest, "flops" if match == "flops" else "params", None if out is None else Path(out))
-
-
-def _own(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments of `fit`, and the values of the options that are this command's own."""
-    rest: list[str] = []
-    own: dict[str, str] = {}
-    given = iter(argv)
-    for argument in given:
-        name, equals, value = argument.partition("=")
-        if name not in ("--twin", "--out"):
-            rest.append(argument)
-            continue
-        value = value if equals else next(given, "")
-        if not value or value.startswith("--"):
-            raise UserError(f"{name} needs a value: {name} {'flops|params' if name == '--twin' else 'FILE'}")
-        own[name] = value
-    return rest, own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser
-from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.options import OptionParser, json_target, write_json
+from switchkit.cli.plugins import bring_in, split_plugins
 
 if TYPE_CHECKING:
     from switchkit.distill.evaluation import Evaluated
@@ -26,11 +25,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     rest, plugins = split_plugins(argv)
     options = _parser(command).parse(rest)
     students = _students(options.student)
-    if options.json and options.csv:
-        raise UserError("--json and --csv: give one of them")
+    if options.json == "-" and options.csv:
+        raise UserError("--json and --csv: give one of them, or --json a file")
+    target = json_target(options.json)
     device = device_of(options.device)
-    load_entry_points()
-    import_plugins(plugins, "--plugins")
+    bring_in(plugins)
 
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.distill.evaluation import evaluate
@@ -59,13 +58,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     rows = table_rows(dense, teacher, found)
     about = f"{data.source_info()['description']}, {dense[0].tokens:,} held-out tokens, on {device}"
     _print(rows, about, options)
+    write_json(options.json, target, {"text": about, "rows": [row.to_dict() for row in rows]})
     return 0
 
 
 def _print(rows: list[TableRow], about: str, options: Namespace) -> None:
-    if options.json:
-        print(json.dumps({"text": about, "rows": [row.to_dict() for row in rows]}, indent=1))
-    elif options.csv:
+    if options.json == "-":
+        return
+    if options.csv:
         flat = [{**row.to_dict(), "losses": " ".join(map(str, row.losses))} for row in rows]
         writer = csv.DictWriter(sys.stdout, list(flat[0]), lineterminator="\n")
         writer.writeheader()
@@ -122,7 +122,7 @@ def _parser(command: str) -> OptionParser:
     )
     add("--text", metavar="PATH", help="evaluate on the last tenth of this text (default: that held out in training)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
-    add("--json", action="store_true", help="the rows as JSON, with all digits")
+    parser.add_json("the rows, with all digits,")
     add("--csv", action="store_true", help="the rows as CSV")
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     return parser

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser, number
-from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.options import OptionParser, number, positive, seed
+from switchkit.cli.plugins import bring_in, split_plugins
 from switchkit.cli.prompts import Prompt, check_prompts, encoded, language_prefix, read_prompts
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     options = _parser(command).parse(rest)
     check_prompts(options)
     _check_search(options)
-    load_entry_points()
-    import_plugins(plugins, "--plugins")
+    bring_in(plugins)
 
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.module import LanguageModule
@@ -170,7 +169,6 @@ def _parser(command: str) -> OptionParser:
     add("--prompt", metavar="TEXT", help="the text to continue, or that an encoder reads")
     add("--prompt_file", metavar="FILE", help="a UTF-8 file with one prompt a line; - reads stdin")
     add("--language", metavar="CODE", help="what to translate into, with a checkpoint that knows several languages")
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     add("--max_new_tokens", type=positive, default=200, metavar="N", help="tokens to add (default: %(default)s)")
     add(
         "--temperature",
@@ -199,7 +197,6 @@ def _parser(command: str) -> OptionParser:
         metavar="A",
         help="of beam search: log-probabilities are divided by ((5 + length) / 6) ** A (default: 0.6)",
     )
-    seed = number(int, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
     add("--seed", type=seed, default=0, metavar="N", help="of the draws; prompt i has N + i (default: %(default)s)")
     add(
         "--batch_size",
@@ -212,7 +209,7 @@ def _parser(command: str) -> OptionParser:
     add("--no_cache", action="store_true", help="compute the whole text for every token: slower, and the same text")
     add("--json", action="store_true", help='one line for each prompt: {"prompt": ..., "text": ...}')
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     return parser
 
 

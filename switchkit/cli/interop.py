@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchkit.cli.conversion import say
-from switchkit.cli.options import OptionParser, new_file, number
-from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.options import OptionParser, new_file, positive
+from switchkit.cli.plugins import bring_in, split_plugins
 
 if TYPE_CHECKING:
     from switchkit.module import LanguageModule
@@ -35,7 +35,6 @@ def _import(command: str, argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="holds config.json and model.safetensors, or its shards and their index")
     add("--out", required=True, metavar="PATH", help="the checkpoint to write, such as run.ckpt")
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     add("--context", type=positive, metavar="N", help="longest sequence of a decoder (default: the longest possible)")
     add("--no_tokenizer", action="store_true", help="leave tokenizer.json unread: the checkpoint then reads no text")
     options = parser.parse(argv)
@@ -68,10 +67,9 @@ def _export(command: str, argv: Sequence[str]) -> int:
     )
     add("--like", metavar="FOLDER", help="take the ids of special tokens from the config.json of this folder")
     add("--max_shard_size", type=_size, default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     options = parser.parse(rest)
-    load_entry_points()
-    import_plugins(plugins, "--plugins")
+    bring_in(plugins)
 
     from switchkit import checkpoints
     from switchkit.interop.documents import read_object

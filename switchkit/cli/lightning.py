@@ -17,7 +17,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from switchkit import __version__, checkpoints, strategies
-from switchkit.bench.malloc import keep_memory
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.building import reason
 from switchkit.cli.checkpoint import missing_told
@@ -33,6 +32,7 @@ from switchkit.models.inputs import check_inputs
 from switchkit.module import LanguageModule
 from switchkit.optim import check_optimizer
 from switchkit.origin import carried
+from switchkit.process import keep_memory
 from switchkit.registry import full_path
 from switchkit.start import later
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
 
-__all__ = ["OptionParser", "json_file", "new_file", "number"]
+__all__ = ["OptionParser", "json_file", "json_target", "new_file", "number", "positive", "seed", "write_json"]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -24,6 +24,15 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"switchkit {command}", description=description, allow_abbrev=False)
         self._given: list[str] = []
+
+    def add_plugins(self) -> None:
+        """``--plugins``, as every command takes it."""
+        self.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+
+    def add_json(self, what: str) -> None:
+        """``--json``, whose value goes to `json_target` and `write_json`."""
+        told = f"write {what} as JSON to a file too; without one: to the output, in place of tables"
+        self.add_argument("--json", nargs="?", const="-", metavar="PATH", help=told)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options of `argv`.
@@ -67,6 +76,10 @@ def number(kind: type[int] | type[float], accepted: str, fits: Any) -> Any:
         return value
 
     return read
+
+
+positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+seed = number(int, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 
 
 def new_file(given: str, *, makes_folder: bool = False, replaces: bool = False) -> Path:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, json_target, number, positive, write_json
 
 if TYPE_CHECKING:
     from switchkit.plan import Gpu, Work
 
 __all__ = ["run"]
 
-_FLAGS = ("--json", "--all")
+_FLAGS = ("--all", "-h", "--help")
 _OF_FIT = ("config", "plugins", "seed_everything", "model", "data", "trainer", "init_from", "ckpt_path", "weights_only")
 
 
@@ -27,6 +27,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     own, rest = _split(argv, known)
     _check_spelling(rest, known)
     options = parser.parse(own)
+    target = json_target(options.json)
     gpu = _gpu(options.gpu)
 
     from switchkit.cli.planned import planned
@@ -53,10 +54,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         headroom=options.headroom,
         checkpointing={"auto": None, "on": True, "off": False}[options.activation_checkpointing],
     )
-    if options.json:
-        given = {"nodes": options.nodes, "gpus": options.gpus, "gpu": asdict(gpu), "work": asdict(work)}
-        print(json.dumps({**given, "headroom": options.headroom, **plan_values(made)}, indent=2))
-    else:
+    machine = {"nodes": options.nodes, "gpus": options.gpus, "gpu": asdict(gpu)}
+    told = {**machine, "work": asdict(work), "headroom": options.headroom, **plan_values(made)}
+    if options.json != "-":
         given = {
             "trainer.precision": options.precision,
             "trainer.accumulate_grad_batches": options.accumulate,
@@ -64,8 +64,8 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"data.{found.length}": options.context,
         }
         more = "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
-        machine = options.nodes, options.gpus, options.headroom
-        plan_tables(made, found.module.net, work, gpu, *machine, options.all, more)
+        plan_tables(made, found.module.net, work, gpu, options.nodes, options.gpus, options.headroom, options.all, more)
+    write_json(options.json, target, told)
     return 0 if made.fits else 1
 
 
@@ -77,7 +77,6 @@ def _parser(command: str) -> OptionParser:
         "token, and one line says why each of the others does not fit. Nothing is built or run. Any other --KEY VALUE "
         "is a setting of `switchkit fit`, --config first of all. The exit code is 1 if nothing fits.",
     )
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     share = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
     above = number(float, "a number of at least 1", lambda value: 1 <= value < float("inf"))
     add = parser.add_argument
@@ -102,7 +101,7 @@ def _parser(command: str) -> OptionParser:
     )
     add("--headroom", type=share, default=0.1, metavar="X", help="share of memory that stays free (default: 0.1)")
     add("--all", action="store_true", help="show all arrangements, not the first ten of each kind")
-    add("--json", action="store_true", help="print everything as JSON")
+    parser.add_json("everything")
     return parser
 
 
@@ -110,15 +109,18 @@ def _split(argv: Sequence[str], options: Sequence[str]) -> tuple[list[str], list
     """The arguments that are this command's own, and those of `fit`."""
     own: list[str] = []
     rest: list[str] = []
-    given = iter(argv)
-    for argument in given:
+    left = deque(argv)
+    while left:
+        argument = left.popleft()
         name, equals, _ = argument.partition("=")
         mine = own if name in options else rest
         mine.append(argument)
-        if equals or name in _FLAGS or name in ("-h", "--help"):
+        if equals or name in _FLAGS or not name.startswith("-"):
             continue
-        if name.startswith("-") and (value := next(given, None)) is not None:
-            mine.append(value)
+        if name == "--json" and (not left or left[0].startswith("-")):
+            continue  # the output
+        if left:
+            mine.append(left.popleft())
     return own, rest
 
 

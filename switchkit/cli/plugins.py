@@ -12,7 +12,7 @@ from types import ModuleType
 
 from switchkit.cli.errors import UserError
 
-__all__ = ["anywhere", "distinct", "import_plugins", "importable", "load_entry_points", "split_plugins"]
+__all__ = ["anywhere", "bring_in", "distinct", "import_plugins", "importable", "load_entry_points", "split_plugins"]
 
 _GROUP = "switchkit.plugins"
 
@@ -30,6 +30,17 @@ def load_entry_points() -> int:
                 f"{type(error).__name__}: {error}. Repair or uninstall the package"
             ) from error
     return len(points)
+
+
+def bring_in(plugins: Sequence[str]) -> bool:
+    """Import what is installed and what ``--plugins`` names; whether that is anything.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    installed = load_entry_points()
+    import_plugins(plugins, "--plugins")
+    return bool(installed + len(plugins))
 
 
 def import_plugins(names: Iterable[str], where: str = "plugins", folder: Path | None = None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, number, positive
 from switchkit.cli.plugins import split_plugins
 from switchkit.cli.prepare_teacher import prepare_teacher
 from switchkit.cli.reading import Bar, bar, stops_cleanly
@@ -74,10 +74,9 @@ def _parser(command: str) -> OptionParser:
         metavar="NAME",
         help="characters (of these texts, the default), bytes, or a Hugging Face tokenizer.json",
     )
-    whole = number(int, "an integer of at least 1", lambda value: value >= 1)
     add(
         "--shard_tokens",
-        type=whole,
+        type=positive,
         metavar="N",
         help=f"tokens of one file (default: {SHARD_TOKENS}, half a gigabyte)",
     )
@@ -93,7 +92,7 @@ def _parser(command: str) -> OptionParser:
         metavar="CKPT",
         help="a checkpoint; its own training data are asked about, or the text or folder that FILE names",
     )
-    add("--k", type=whole, metavar="K", help="likeliest symbols kept of each token (default: 64, or all)")
+    add("--k", type=positive, metavar="K", help="likeliest symbols kept of each token (default: 64, or all)")
     add(
         "--temperature",
         type=number(float, "a finite number above 0", lambda value: 0 < value < float("inf")),
@@ -101,14 +100,14 @@ def _parser(command: str) -> OptionParser:
         help="of the distributions; the student learns at the same (default: 1)",
     )
     add("--dtype", choices=("float16", "float32"), help="of the logarithms kept (default: float16)")
-    add("--stride", type=whole, metavar="N", help="tokens from window to window of a text (default: its context)")
+    add("--stride", type=positive, metavar="N", help="tokens from window to window of a text (default: its context)")
     add(
         "--draws",
-        type=whole,
+        type=positive,
         metavar="N",
         help="ways in which each window with holes is read, for SpanData (default: 8, or those of its data.draws)",
     )
-    add("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the fastest there is)")
     return parser
 

@@ -21,11 +21,10 @@ def prepare_teacher(options: Namespace) -> int:
         )
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.cli.devices import device_of
-    from switchkit.cli.plugins import import_plugins, load_entry_points
+    from switchkit.cli.plugins import bring_in
 
     device = device_of(options.device)
-    load_entry_points()
-    import_plugins(options.plugins or (), "--plugins")
+    bring_in(options.plugins or ())
     path = checkpoint_path(options.teacher, "runs", "teacher")
 
     from rich.console import Console

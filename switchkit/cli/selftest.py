@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import OptionParser, json_target, write_json
-from switchkit.cli.plugins import import_plugins, load_entry_points, split_plugins
+from switchkit.cli.plugins import bring_in, split_plugins
 from switchkit.registry import KINDS, named
 
 if TYPE_CHECKING:
@@ -30,38 +30,31 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument(
         "part", nargs="*", metavar="PART", help=f"a kind ({', '.join(KINDS)}), a name, or KIND/NAME; all by default"
     )
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
+    parser.add_plugins()
     parser.add_argument("--skip", nargs="+", metavar="PROPERTY", default=[], help="properties not to ask")
-    parser.add_argument(
-        "--json", metavar="PATH", help="write all results to a file too; -: to the output, in place of the table"
-    )
+    parser.add_json("all results")
     options = parser.parse(rest)
     target = json_target(options.json)
-    load_entry_points()
-    import_plugins(plugins, "--plugins")
+    bring_in(plugins)
     # Only now, so that --help and mistyped options answer without waiting for torch.
-    import torch
     from rich.console import Console
     from rich.table import Table
 
+    from switchkit.process import threads
     from switchkit.testing.kit import results_of
 
     parts = _asked(options.part)
-    # Sums of two threads differ in the last bits, and layers this small are faster on one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     stream = sys.stderr if options.json == "-" else sys.stdout
     console = Console(file=stream, width=None if stream.isatty() else 160)
     table = Table("part", "held", "failed", "skipped", "seconds", title="selftest", title_justify="left", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     found: dict[str, list[Result]] = {}
-    try:
+    # Sums of two threads differ in the last bits, and layers this small are faster on one.
+    with threads(1):
         for name, (base, cls) in parts.items():
             found[name] = list(results_of(base, cls, {}, options.skip))
             table.add_row(name, *_row(found[name]))
-    finally:
-        torch.set_num_threads(threads)
     console.print(table)
     failed = [result for results in found.values() for result in results if result.status == "failed"]
     for result in failed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
 from switchkit.cli.errors import UserError
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, positive
 
 if TYPE_CHECKING:
     from switchkit.convert.measuring import Measured
@@ -88,7 +88,6 @@ def _parser(command: str) -> OptionParser:
         "optimizer's state is left behind.",
     )
     add = parser.add_argument
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     if command == "prune":
         add("--keep", type=positive, required=True, metavar="N", help="experts of each layer that stay")
         add(

@@ -22,7 +22,7 @@ def add_parts(cli: SwitchkitCLI, settings: Any) -> None:
     callbacks = settings.get("callbacks")
     own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
     if cli.command == "fit":
-        settings["callbacks"] = own + [callback for callback in defaults(cli) if _wanted(callback, own, settings)]
+        settings["callbacks"] = own + [callback for callback in defaults() if _wanted(callback, own, settings)]
         if settings.get("enable_model_summary") is None and not any(isinstance(c, ModelSummary) for c in own):
             settings["enable_model_summary"] = False  # the opening table tells it
     if cli.command == "predict" and (cli.out is not None or not any(_writes(c) for c in own)):

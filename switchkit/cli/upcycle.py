@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
-from switchkit.cli.options import OptionParser, number
+from switchkit.cli.options import OptionParser, number, positive, seed
 
 __all__ = ["run"]
 
@@ -56,7 +56,6 @@ def _parser(command: str) -> OptionParser:
         "The optimizer's state is left behind.",
     )
     add = parser.add_argument
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     above = number(float, "a finite number above 0", lambda value: math.isfinite(value) and value > 0)
     share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
     add("--num_experts", type=positive, default=8, metavar="N", help="copies of each layer (default: %(default)s)")
@@ -76,7 +75,6 @@ def _parser(command: str) -> OptionParser:
     add("--drop", type=share, default=0.0, metavar="R", help="draw this share of each copy's hidden units anew")
     add("--capacity_factor", type=above, metavar="F", help="in training; later too by fit (default: dropless)")
     add("--router_std", type=above, metavar="X", help="of the router's weights (default: sqrt(0.1/d), 0.001 for k 1)")
-    seed = number(int, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
     add("--seed", type=seed, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
     return parser
 

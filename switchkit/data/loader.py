@@ -9,18 +9,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from switchkit.data.anywhere import AnywhereWindows, next_tokens
 from switchkit.data.resumable import TrainingLoader
 from switchkit.data.tokens import Tokens
 
 __all__ = ["AlignedWindows", "InOrder", "RandomWindows", "Windows"]
 
 
-class RandomWindows(TrainingLoader[Tensor]):
+class RandomWindows(AnywhereWindows):
     """Windows that start anywhere in the text, as ``{"tokens": [B, S], "targets": [B, S]}``, both int64.
-
-    An epoch is as many windows as the text has room for. Their starts are a function of `seed` and the epoch alone. All
-    ranks draw the same starts and each takes its share, so a step sees the same windows on 2 devices with batch_size 8
-    as on 1 with batch_size 16.
 
     Args:
         tokens: the text.
@@ -29,13 +26,12 @@ class RandomWindows(TrainingLoader[Tensor]):
         seed: of the starts.
         rank: which share of each step this process takes.
         world_size: how many shares there are.
-        ends_after: see `TrainingLoader`.
-        repeat: see `TrainingLoader`.
 
     Raises:
         ValueError: a number out of range, or a text shorter than context + 1.
     """
 
+    named = "context"
     words: ClassVar[dict[str, str]] = {
         "context": "tokens of a window (context)",
         "windows": "windows of a step (batch_size times devices)",
@@ -44,43 +40,14 @@ class RandomWindows(TrainingLoader[Tensor]):
     }
 
     def __init__(
-        self,
-        tokens: Tokens,
-        context: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        ends_after: int | None = None,
-        repeat: bool = False,
+        self, tokens: Tokens, context: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         _check(tokens, context, batch_size)
         _check_room(tokens, context)
-        super().__init__(seed=seed, rank=rank, world_size=world_size, ends_after=ends_after, repeat=repeat)
-        self.tokens = tokens
-        self.context = context
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return max(1, len(self.tokens) // (self.context * self.batch_size * self.world_size))
-
-    def settings(self) -> dict[str, int | str]:
-        return {
-            "context": self.context,
-            "windows": self.batch_size * self.world_size,
-            "seed": self.seed,
-            "num_tokens": len(self.tokens),
-        }
-
-    def plan(self, generator: torch.Generator) -> Int[Tensor, "batches B"]:
-        """Where this rank's windows of an epoch begin."""
-        size = (len(self), self.world_size, self.batch_size)
-        return torch.randint(len(self.tokens) - self.context, size, generator=generator)[:, self.rank]
+        super().__init__(tokens, context, batch_size, beyond=1, seed=seed, rank=rank, world_size=world_size)
 
     def batch(self, plan: Tensor, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = self.tokens[plan[index][:, None] + torch.arange(self.context + 1)]
-        return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+        return next_tokens(self.rows(plan[index]))
 
 
 class Windows:
@@ -110,7 +77,7 @@ class Windows:
 
     def batch(self, index: Int[Tensor, "B"]) -> dict[str, Tensor]:
         rows = self.tokens[index[:, None] * self.stride + torch.arange(self.context + 1)]
-        return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous(), "example": index}
+        return {**next_tokens(rows), "example": index}
 
 
 class AlignedWindows(TrainingLoader[Tensor]):

@@ -7,22 +7,21 @@ from itertools import groupby, pairwise
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from switchkit.data.anywhere import AnywhereWindows
 from switchkit.data.objectives import Objective
-from switchkit.data.resumable import TrainingLoader, generator_of
+from switchkit.data.resumable import generator_of
 from switchkit.data.tokens import Tokens
 
 __all__ = ["ObjectiveInOrder", "ObjectiveWindows"]
 
 
-class ObjectiveWindows(TrainingLoader[Tensor]):
+class ObjectiveWindows(AnywhereWindows):
     """Windows that start anywhere in the text, turned by an objective into batches of `batch_size` rows.
 
-    An epoch is as many windows as the text has room for. Their starts are a function of `seed` and the epoch, the same
-    on all ranks, of which each takes its share; what the objective draws is a function of `seed`, the epoch, the batch
-    and the rank. So a resumed run sees the very batches that it would have seen.
+    What the objective draws is a function of `seed`, the epoch, the batch and the rank. So a resumed run sees the very
+    batches that it would have seen.
 
     Args:
         tokens: the text.
@@ -37,6 +36,7 @@ class ObjectiveWindows(TrainingLoader[Tensor]):
         ValueError: a text shorter than a window.
     """
 
+    named = "raw"
     words: ClassVar[dict[str, str]] = {
         "raw": "tokens of a window (inputs_length and the objectives decide it)",
         "windows": "windows of a step (batch_size times devices)",
@@ -57,30 +57,11 @@ class ObjectiveWindows(TrainingLoader[Tensor]):
     ) -> None:
         if len(tokens) < raw:
             raise ValueError(f"a window needs {raw} tokens, the text has {len(tokens)}; give a longer text")
-        super().__init__(seed=seed, rank=rank, world_size=world_size)
-        self.tokens = tokens
+        super().__init__(tokens, raw, batch_size, seed=seed, rank=rank, world_size=world_size)
         self.objective = objective
-        self.raw = raw
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return max(1, len(self.tokens) // (self.raw * self.batch_size * self.world_size))
-
-    def settings(self) -> dict[str, int | str]:
-        return {
-            "raw": self.raw,
-            "windows": self.batch_size * self.world_size,
-            "seed": self.seed,
-            "num_tokens": len(self.tokens),
-        }
-
-    def plan(self, generator: torch.Generator) -> Int[Tensor, "batches B"]:
-        """Where this rank's windows of an epoch begin."""
-        size = (len(self), self.world_size, self.batch_size)
-        return torch.randint(len(self.tokens) - self.raw + 1, size, generator=generator)[:, self.rank]
 
     def batch(self, plan: Tensor, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.objective(self.tokens[plan[index][:, None] + torch.arange(self.raw)], generator)
+        return self.objective(self.rows(plan[index]), generator)
 
 
 class ObjectiveInOrder:

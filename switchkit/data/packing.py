@@ -11,6 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
 
+from switchkit.data.anywhere import next_tokens
 from switchkit.data.objectives import Objective
 from switchkit.data.resumable import TrainingLoader, generator_of
 from switchkit.data.sources import DataError
@@ -218,7 +219,7 @@ class StreamWindows(TrainingLoader[None]):
         rows = self.packed.take(self.batch_size)
         if self.objective is not None:
             return self.objective(rows, generator)
-        return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+        return next_tokens(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every rank's stream: all ranks call this together, and one of them writes the file."""

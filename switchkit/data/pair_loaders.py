@@ -32,8 +32,6 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
         seed: of the order.
         rank: which share of each step this process takes.
         world_size: how many shares there are.
-        ends_after: see `TrainingLoader`.
-        repeat: see `TrainingLoader`.
 
     Raises:
         DataError: fewer pairs than one step has.
@@ -54,10 +52,8 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        ends_after: int | None = None,
-        repeat: bool = False,
     ) -> None:
-        super().__init__(seed=seed, rank=rank, world_size=world_size, ends_after=ends_after, repeat=repeat)
+        super().__init__(seed=seed, rank=rank, world_size=world_size)
         self.pairs = pairs
         longest = pairs.longest
         order = longest.argsort(stable=True)

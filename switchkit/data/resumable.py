@@ -37,9 +37,6 @@ class TrainingLoader(ABC, Generic[Plan]):
         seed: of the epochs.
         rank: which share of each step this process takes.
         world_size: how many shares there are.
-        ends_after: batches after which the reader stops an epoch, if sooner (``Trainer(limit_train_batches)``): a
-            position there is the epoch's end. The length stays what the data give.
-        repeat: every epoch is the first (``Trainer(overfit_batches)``).
 
     Raises:
         ValueError: a rank outside 0 .. world_size - 1.
@@ -48,23 +45,22 @@ class TrainingLoader(ABC, Generic[Plan]):
     words: ClassVar[dict[str, str]]
     """What each entry of `settings` is called in an error."""
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        ends_after: int | None = None,
-        repeat: bool = False,
-    ) -> None:
+    ends_after: int | None = None
+    """Batches after which the reader stops an epoch, if sooner (``Trainer(limit_train_batches)``): a position there is
+    the epoch's end. The length stays what the data give."""
+
+    repeat: bool = False
+    """Whether every epoch is the first (``Trainer(overfit_batches)``)."""
+
+    attach: Attach | None = None
+    """What adds to each batch, such as a teacher's words."""
+
+    def __init__(self, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of world_size {world_size}; rank must be 0 to world_size - 1")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.ends_after = ends_after
-        self.repeat = repeat
-        self.attach: Attach | None = None
         self._epoch = 0
         self._batch = 0
         self._continues = True

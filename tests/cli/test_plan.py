@@ -216,3 +216,13 @@ def test_help_is_quick_and_whole(run):
     assert code == 0
     for option in ("--nodes", "--gpu NAME|FILE", "--hf_config", "--imbalance"):
         assert option in out
+
+
+def test_json_goes_to_a_file_beside_the_table(run):
+    code, out, _ = run("plan", *SMALL, "--gpus=1", "--json", "found.json")
+    assert code == 0
+    assert "the fastest" in out
+    assert json.loads(Path("found.json").read_text()) == json.loads(run("plan", *SMALL, "--gpus=1", "--json")[1])
+    code, _, err = run("plan", *SMALL, "--json", "small.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no .json file" in err

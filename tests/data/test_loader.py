@@ -105,7 +105,8 @@ def test_epochs_differ_and_seeds_differ_and_both_repeat() -> None:
 
 
 def test_repeat_gives_the_first_epoch_for_ever() -> None:
-    loader = windows(repeat=True)
+    loader = windows()
+    loader.repeat = True
     assert starts(loader) == starts(loader) == starts(windows())
 
 
@@ -166,7 +167,8 @@ def test_an_epoch_left_early_is_over() -> None:
 
 
 def test_where_the_reader_stops_early_the_position_there_is_the_end() -> None:
-    first, second, straight = windows(ends_after=3), windows(ends_after=3), windows()
+    first, second, straight = windows(), windows(), windows()
+    first.ends_after = second.ends_after = 3
     assert len(first) == 20
     starts(first, 3)
     second.load_state_dict(first.state_dict())

@@ -57,7 +57,8 @@ def test_draws_go_on_after_a_position_is_loaded(stop: int) -> None:
 
 
 def test_a_repeated_epoch_repeats_its_draws() -> None:
-    loader = Draws(repeat=True)
+    loader = Draws()
+    loader.repeat = True
     assert drawn(loader) == drawn(loader) == drawn(Draws())
 
 

@@ -12,6 +12,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 from switchkit.dispatch.base import kept_load, placed
 from switchkit.losses.balance import Balance
 from switchkit.losses.router_z import RouterZ
+from switchkit.process import threads
 from switchkit.records import Routing, Rows
 from switchkit.testing import oracle
 from switchkit.testing.cases import (
@@ -188,13 +189,8 @@ def experts_see_kept_rows_only(case: Case) -> None:
     layer = case.layer()
     seen: list[Rows] = []
     layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    threads = torch.get_num_threads()
-    # For several, a dispatcher may fill loads up with zeros.
-    torch.set_num_threads(1)
-    try:
+    with threads(1):  # for several, a dispatcher may fill loads up with zeros
         _, r = run(layer, *case.inputs())
-    finally:
-        torch.set_num_threads(threads)
     wanted = kept_load(r).sum(0)
     if r.share is not None:
         # All slots are mixtures of tokens, so all are computed.

@@ -1,11 +1,15 @@
-"""Keeping freed memory in the process."""
+"""What a process is told of memory and threads."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["keep_memory"]
+import torch
+
+__all__ = ["keep_memory", "threads"]
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -28,3 +32,14 @@ def keep_memory() -> bool:
         return False
     # No block is a mapping of its own; and the top of the heap is never returned (-1 becomes the largest size_t).
     return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch computes with `count` threads within it (None: with as many as before)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
