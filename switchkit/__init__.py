@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name[:1].isupper():
         from switchkit import registry
 
-        known = [cls for cls in registry._all().values() if cls.__name__ == name]
+        known = [cls for cls in registry.all_parts().values() if cls.__name__ == name]
         # A part of the user's own never hides one of ours.
         for cls in sorted(known, key=lambda cls: not cls.__module__.startswith(f"{__name__}.")):
             return cls

@@ -28,7 +28,7 @@ from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_e
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
 from switchkit.models.order import check_records, listened
-from switchkit.optim import OptimizerFactory, check_optimizer, decay_groups, last_step, learning_rate
+from switchkit.optim import OptimizerFactory, adamw, check_optimizer, decay_groups, last_step, learning_rate
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
 from switchkit.records import Routing
@@ -117,9 +117,7 @@ class LanguageModule(L.LightningModule):
             self.net, self.start = begin(partial(net or Decoder, vocab_size=size, moe=moe))
         self.losses = built([Balance] if losses is None else losses)
         self._loss_names = names_of(self.losses)
-        self.optimizer: OptimizerFactory = optimizer or partial(
-            torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
-        )
+        self.optimizer: OptimizerFactory = optimizer or adamw
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
         self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
         experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import lightning as L
@@ -14,13 +15,17 @@ from switchkit.attention import RelativeBias
 from switchkit.experts.base import Experts
 from switchkit.routing.base import Router
 
-__all__ = ["OptimizerFactory", "check_optimizer", "decay_groups", "last_step", "learning_rate", "why_whole"]
+__all__ = ["OptimizerFactory", "adamw", "check_optimizer", "decay_groups", "last_step", "learning_rate", "why_whole"]
 
 
 class OptimizerFactory(Protocol):
     """Anything that builds an optimizer for parameter groups: a class of torch.optim, a partial, a YAML part."""
 
     def __call__(self, params: Iterable[dict[str, Any]]) -> torch.optim.Optimizer: ...
+
+
+adamw = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+"""The optimizer of a `LanguageModule` that names none."""
 
 
 def check_optimizer(factory: OptimizerFactory) -> None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Routing", "Rows", "load", "mean_probs", "mean_square_logsumexp"]
+__all__ = ["Routing", "Rows", "entropy", "load", "mean_probs", "mean_square_logsumexp"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["KINDS", "full_path", "lookup", "name_of", "named", "nearest", "register", "resolve"]
+__all__ = ["KINDS", "all_parts", "full_path", "lookup", "name_of", "named", "nearest", "register", "resolve"]
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def lookup(name: str, base: type[T] | None = None) -> type[T]:
     Raises:
         ValueError: unknown name; lists the known ones, the nearest first.
     """
-    known = _all() if base is None else named(base)
+    known = all_parts() if base is None else named(base)
     if name in known:
         return known[name]
     kind = "part" if base is None else base.__name__
@@ -81,7 +81,7 @@ def lookup(name: str, base: type[T] | None = None) -> type[T]:
 
 def resolve(path: str) -> type | None:
     """The class of an import path or registered name, without importing anything: None if it is not imported yet."""
-    known = _all()
+    known = all_parts()
     if path in known:
         return known[path]
     module, _, name = path.rpartition(".")
@@ -102,7 +102,8 @@ def nearest(word: str, known: object) -> str:
     return f". Did you mean {close[0]!r}?" if close else ""
 
 
-def _all() -> dict[str, type]:
+def all_parts() -> dict[str, type]:
+    """Every registered class by its name, after the package's own are imported."""
     for base in KINDS.values():
         _search(base.rpartition(".")[0].rpartition(".")[0])
     return dict(sorted(_table.items()))

@@ -17,7 +17,7 @@ import pytest
 from shapes import PACKAGE, unchecked
 
 from switchkit import LanguageModule, MoELayer, checkpoints, registry
-from switchkit.registry import _all
+from switchkit.registry import all_parts
 from switchkit.testing import Broken, check_capacity, check_dispatcher, check_experts, check_loss, check_router
 
 DOCS = PACKAGE.parent / "docs"
@@ -36,7 +36,7 @@ def test_generated_pages_are_current() -> None:
     assert not old, f"run `python docs/generate.py`: {old} differ from the docstrings"
 
 
-@pytest.mark.parametrize("cls", [c for c in _all().values() if c.__module__.startswith("switchkit.")])
+@pytest.mark.parametrize("cls", [c for c in all_parts().values() if c.__module__.startswith("switchkit.")])
 def test_every_part_says_what_it_does_and_where_it_comes_from(cls: type) -> None:
     text = inspect.cleandoc(cls.__doc__)
     assert text.partition("\n\n")[0].endswith((".", ".``")), "a first sentence"

@@ -197,12 +197,21 @@ def test_every_public_name_is_where_it_should_be() -> None:
         _ = switchkit.no_such_thing
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if ROW[place_of(p)] <= 4 and p.stem != "__init__"], ids=lambda p: p.stem
-)
-def test_public_names_are_declared(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assigned = [
-        t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
-    ]
-    assert "__all__" in assigned
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_others_import_is_declared(path: Path) -> None:
+    """Every name that a module takes from another of the package is in that one's ``__all__``."""
+    hidden = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("switchkit."):
+            home = import_module(str(node.module))
+            parts = [name.name for name in node.names if find_spec_of(f"{node.module}.{name.name}") is None]
+            hidden += [f"{node.module}.{name}" for name in parts if name not in home.__all__]
+    assert hidden == []
+
+
+def find_spec_of(module: str) -> object:
+    """None for what is no module."""
+    try:
+        return find_spec(module)
+    except ModuleNotFoundError:  # its parent is a module and no package
+        return None

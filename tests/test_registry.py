@@ -16,7 +16,7 @@ from switchkit.routing.base import token_choice
 @pytest.fixture(autouse=True)
 def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    registry._all()
+    registry.all_parts()
     monkeypatch.setattr(registry, "_table", dict(registry._table))
 
 

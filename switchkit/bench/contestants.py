@@ -22,7 +22,7 @@ from switchkit.layers import MoELayer
 from switchkit.registry import lookup
 from switchkit.routing.token_choice import Switch, TopK
 
-__all__ = ["DTYPES", "FOREIGN", "Contestant", "Setup", "build", "inputs", "output", "step"]
+__all__ = ["DTYPES", "FOREIGN", "Contestant", "Dense", "Setup", "build", "inputs", "output", "step"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

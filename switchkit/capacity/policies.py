@@ -9,7 +9,7 @@ from typing import Literal
 from switchkit.capacity.base import CapacityPolicy, Order, check_order, check_whole, unfair
 from switchkit.registry import register
 
-__all__ = ["Dropless", "Factor", "Fixed"]
+__all__ = ["Dropless", "Factor", "Fixed", "Rounding"]
 
 MOST = 2**31 - 1
 """Beyond any real number of tokens, and what is computed of it stays within 64 bits."""

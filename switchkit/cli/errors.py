@@ -25,7 +25,8 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str | None:
     """The error as one line, or None if it is not known to be the user's and must keep its traceback.
 
-    Known are `UserError`, a ValueError that a switchkit module raised itself, an OSError of a file that a switchkit
+    Known are `UserError`, a ValueError that a switchkit module raised itself, an ImportError in which one says what to
+    install, an OSError of a file that a switchkit
     module asked the standard library for, a full disk, whoever writes, and what Lightning, its loops or a callback of
     its own refuse, such as to monitor a metric that nobody logs.
     """
@@ -35,7 +36,8 @@ def one_line(error: BaseException) -> str | None:
             return None
         reason = (error.strerror or str(error)) + (": free some, or write to another disk" if full else "")
         return _flat(f"{error.filename}: {reason}" if error.filename is not None else reason)
-    if isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_here(error.__traceback__)):
+    ours = isinstance(error, ValueError) or (isinstance(error, ImportError) and error.name is None)
+    if isinstance(error, UserError) or (ours and _raised_here(error.__traceback__)):
         return _flat(str(error))
     if isinstance(error, ValueError) and _raised_by_lightning(error.__traceback__, "loops"):
         return _flat(str(error))  # data that a loop refuses, such as fewer batches than val_check_interval

@@ -19,6 +19,7 @@ from switchkit.cli.errors import UserError, listed, short
 from switchkit.cli.recipes import load_yaml, read_config
 from switchkit.cli.signatures import Parameter, Place, Signature, members, place_of, signature_of
 from switchkit.cli.values import convert
+from switchkit.optim import OptimizerFactory, adamw
 from switchkit.registry import full_path, resolve
 
 __all__ = [
@@ -201,7 +202,7 @@ def _merge_part(old: Any, new: Any, place: Place, key: str, source: Source) -> A
         if target is None:
             raise UserError(f"{where}: {old['class_path']} is not imported, so its arguments cannot be changed")
     else:
-        target, before = named_strategy(old, place) or (default_of(place), {})
+        target, before = named_strategy(old, place) or default_of(place) or (None, {})
         if target is None:
             first = next(iter(arguments), "init_args") if isinstance(arguments, Mapping) else "init_args"
             if isinstance(old, str):
@@ -277,16 +278,19 @@ def target_of(spec: Mapping[str, Any]) -> Any:
     return find_class(spec["class_path"], _ANY, "")
 
 
-def default_of(place: Place) -> Any:
-    """The one class that a factory's type allows, when it is a class and no base of many."""
+def default_of(place: Place) -> tuple[Any, dict[str, Any]] | None:
+    """What stands where nothing is named, with its arguments: our optimizer, or the one class that a factory's type
+    allows, when it is a class and no base of many."""
     if not place.factory or len(place.bases) != 1:
         return None
+    base = place.bases[0]
+    if place == place_of(OptimizerFactory):
+        # Lists, as YAML has them.
+        return adamw.func, {name: list(v) if isinstance(v, tuple) else v for name, v in adamw.keywords.items()}
+    if base.__module__ in ("torch.nn.modules.module", "torch.optim.optimizer"):
+        return None
     try:
-        return (
-            find_class(full_path(place.bases[0]), place, "")
-            if place.bases[0].__module__ != "torch.nn.modules.module"
-            else None
-        )
+        return find_class(full_path(base), place, ""), {}
     except UserError:
         return None
 

@@ -56,4 +56,5 @@ def _target(value: Any, hint: Any) -> Any:
 
         return switchkit.LanguageModule
     place = place_of(hint)
-    return default_of(place) if place is not None else None
+    found = default_of(place) if place is not None else None
+    return found[0] if found else None

@@ -64,7 +64,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"data.{found.length}": options.context,
         }
         more = "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
-        plan_tables(made, found.module.net, work, gpu, options.nodes, options.gpus, options.headroom, options.all, more)
+        plan_tables(made, work, gpu, options.nodes, options.gpus, options.headroom, options.all, more)
     write_json(options.json, target, told)
     return 0 if made.fits else 1
 
@@ -117,9 +117,8 @@ def _split(argv: Sequence[str], options: Sequence[str]) -> tuple[list[str], list
         mine.append(argument)
         if equals or name in _FLAGS or not name.startswith("-"):
             continue
-        if name == "--json" and (not left or left[0].startswith("-")):
-            continue  # the output
-        if left:
+        # What begins with two dashes is no value; whoever reads the option tells that it has none.
+        if left and not left[0].startswith("--"):
             mine.append(left.popleft())
     return own, rest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
 from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
@@ -68,7 +69,12 @@ def _measured(options: Namespace) -> Iterator[tuple[str, str]]:
 
 
 def _check(options: Namespace) -> None:
-    """Fill in the number of batches, and refuse what ``--no_data`` leaves without a meaning."""
+    """Fill in the number of batches, and refuse what ``--no_data`` leaves without a meaning, or needs a package."""
+    if getattr(options, "how", None) == "aligned" and find_spec("scipy") is None:
+        raise UserError(
+            "--how aligned solves an assignment with SciPy: pip install 'switchkit[base]', or take "
+            f"--how {'mean' if options.no_data else 'usage'}"
+        )
     if options.no_data:
         for given, instead in _measured(options):
             raise UserError(f"{given} is measured on data: leave --no_data out, or take {instead}")

@@ -12,7 +12,7 @@ import torch
 
 from switchkit.module import LanguageModule
 
-__all__ = ["Mark", "Recorder"]
+__all__ = ["Mark", "Recorder", "Show"]
 
 Show = Callable[[int, float, float | None, float], None]
 

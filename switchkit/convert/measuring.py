@@ -13,7 +13,7 @@ from torch import Tensor
 from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
 from switchkit.module import LanguageModule
-from switchkit.records import Routing, count_tokens, experts_of, kept_ones, load, sum_weights
+from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights
 
 __all__ = ["ExpertUse", "Measured", "assumed", "measure"]
 
@@ -30,8 +30,6 @@ class ExpertUse:
     """Sum of the weights with which its outputs came back; what was dropped came back with none."""
     tokens: int
     """Real tokens; 0: nothing was measured, see `assumed`."""
-    together: Float[Tensor, "E E"]
-    """Tokens that were sent to both experts (co-activation); on the diagonal, to the one."""
     alike: Float[Tensor, "E E"]
     """Cosine of the router's logits for two experts, over all tokens: what MC-SMoE groups experts by."""
     undropped: float
@@ -126,27 +124,24 @@ def assumed(module: LanguageModule) -> Measured:
                 "are alike: measure on data"
             )
         ones, rows = torch.ones(count, dtype=torch.float64), rows.detach().double().cpu()
-        layers.append(ExpertUse(name, ones, ones, 0, torch.diag(ones), _cosine(rows @ rows.t()), 0.0))
+        layers.append(ExpertUse(name, ones, ones, 0, _cosine(rows @ rows.t()), 0.0))
     return Measured(tuple(layers), None)
 
 
 def _sums(routing: Routing) -> list[Tensor]:
     """What adds up over batches."""
-    sent = experts_of(routing).flatten(0, 1).double()
     logits = routing.logits.double().masked_fill(~routing.valid.unsqueeze(-1), 0).flatten(0, 1)
     routing = replace(routing, weight=routing.weight.double())
     arrived = sum_weights(replace(routing, chosen=kept_ones(routing), asked=None))
     tokens = count_tokens(routing)
     # The kept weights of a token sum to `scale` there, so that what it would have without drops is no longer in them.
     undropped = routing.scale * tokens if routing.renormalize else sum_weights(routing).sum()
-    parts = [load(routing), arrived, tokens, sent.t() @ sent, logits.t() @ logits, undropped]
+    parts = [load(routing), arrived, tokens, logits.t() @ logits, undropped]
     return [part.double().cpu() for part in parts]
 
 
-def _use(
-    name: str, load: Tensor, weight: Tensor, tokens: Tensor, together: Tensor, gram: Tensor, undropped: Tensor
-) -> ExpertUse:
-    return ExpertUse(name, load, weight, int(tokens), together, _cosine(gram), float(undropped))
+def _use(name: str, load: Tensor, weight: Tensor, tokens: Tensor, gram: Tensor, undropped: Tensor) -> ExpertUse:
+    return ExpertUse(name, load, weight, int(tokens), _cosine(gram), float(undropped))
 
 
 def _cosine(gram: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from switchkit.data.resumable import Attach, TrainingLoader
 from switchkit.data.tokenizers import Tokenizer
 
-__all__ = ["ResumableData", "require_positive"]
+__all__ = ["Evaluation", "ResumableData", "require_positive"]
 
 Evaluation = Iterable[dict[str, Tensor]]
 

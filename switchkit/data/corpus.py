@@ -78,7 +78,6 @@ class CorpusData(ResumableData):
             )
         self.path = path
         self.fallback = fallback
-        self.given_tokenizer = tokenizer
         self.corpus = open_corpus(path, fallback=fallback, seed=seed, tokenizer=tokenizer, default=default)
         self._long_enough = False
 

@@ -110,7 +110,6 @@ class PairData(ResumableData):
         self.max_source, self.max_target, self.too_long = max_source, max_target, too_long
         self.batch_tokens, self.buckets = batch_tokens, buckets
         self.fallback = fallback
-        self.given_tokenizer = tokenizer
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         self._files = self._named_files()
         self._parallel: Parallel | None = None

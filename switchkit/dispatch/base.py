@@ -15,6 +15,7 @@ __all__ = [
     "DispatcherFactory",
     "flat_tokens",
     "kept_load",
+    "largest",
     "mix_slots",
     "placed",
     "starts",

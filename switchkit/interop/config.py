@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["REQUIRED", "Config"]
+__all__ = ["MOST", "REQUIRED", "Config"]
 
 T = TypeVar("T")
 REQUIRED: Any = object()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GPUS", "PRECISIONS", "Gpu", "Precision", "gpu_from", "precision_named"]
+__all__ = ["GIB", "GPUS", "PRECISIONS", "Gpu", "Precision", "gpu_from", "precision_named"]
 
 GIB = 2**30
 

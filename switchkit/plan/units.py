@@ -14,7 +14,7 @@ from switchkit.parallel.experts import stacked
 from switchkit.parallel.mesh import Layout, check_experts, sharded_dimension
 from switchkit.routing.base import Router
 
-__all__ = ["Unit", "padded", "part", "units"]
+__all__ = ["Shape", "Unit", "padded", "part", "units"]
 
 Shape = tuple[int, ...]
 

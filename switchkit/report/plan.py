@@ -8,7 +8,6 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from torch import nn
 
 from switchkit.plan import Estimate, Gpu, Plan, Work
 from switchkit.plan.hardware import GIB
@@ -21,7 +20,7 @@ LEGEND = "16x8 ep4 ac: data_parallel_replicate 16, each copy over 8, expert_para
 
 
 def plan_tables(
-    plan: Plan, net: nn.Module, work: Work, gpu: Gpu, nodes: int, gpus: int, headroom: float, every: bool, more: str
+    plan: Plan, work: Work, gpu: Gpu, nodes: int, gpus: int, headroom: float, every: bool, more: str
 ) -> None:
     """Print what was counted: the model and the machine, what fits, why the rest does not.
 

@@ -22,7 +22,7 @@ from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
 
-__all__ = ["loads", "model_table", "rows_table", "short"]
+__all__ = ["console", "device_name", "fallback_box", "loads", "model_table", "rows_table", "short", "source_rows"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

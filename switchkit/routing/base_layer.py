@@ -67,7 +67,9 @@ def balanced_assignment(scores: Tensor, valid: Tensor) -> Tensor:
     try:
         solve = importlib.import_module("scipy.optimize").linear_sum_assignment
     except ImportError as error:
-        raise ImportError("router 'base' solves its assignment with SciPy in training: pip install scipy") from error
+        raise ImportError(
+            "router 'base' solves its assignment with SciPy in training: pip install 'switchkit[base]'"
+        ) from error
     groups, size, experts = scores.shape
     expert = np.zeros((groups, size), dtype=np.int64)
     table, real = scores.double().cpu().numpy(), valid.cpu().numpy()

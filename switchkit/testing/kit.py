@@ -27,7 +27,7 @@ from switchkit.testing.expect import Broken
 from switchkit.testing.oracle import one_expert
 from switchkit.testing.traits import traits_of
 
-__all__ = ["ASKED", "Result", "ask_capacity", "ask_dispatcher", "ask_experts", "ask_loss", "ask_router"]
+__all__ = ["ASKED", "Result", "ask_capacity", "ask_dispatcher", "ask_experts", "ask_loss", "ask_router", "results_of"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,21 @@ def test_bad_input_is_one_line_and_writes_nothing(taught: Path, folder: Path, ru
         assert not (folder / "made.ckpt").exists()
         assert not list(folder.glob(".*.part"))
     assert (folder / "text.txt").read_bytes() == text
+
+
+def test_without_scipy_the_package_and_another_way_are_named(folder: Path, run, monkeypatch) -> None:
+    """Before the checkpoint is looked at. In training the router says it, in one line too."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    for more, instead in ([], "usage"), (["--no_data"], "mean"):
+        code, _, error = run("to-dense", "gone.ckpt", "--out", "made.ckpt", *more)
+        assert (code, error.count("\n")) == (2, 1)
+        assert f"pip install 'switchkit[base]', or take --how {instead}" in error
+    base = ["--model.moe.router", "base", "--model.net.allow_leak", "true"]
+    code, _, error = run("fit", "-c", "small.yaml", *base, "--trainer.max_steps", "1")
+    assert code == 2
+    assert "Traceback" not in error
+    assert "pip install 'switchkit[base]'" in error.splitlines()[-1]
 
 
 def test_a_folder_of_hugging_face_is_to_be_imported_first(folder: Path, run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from switchkit.cli.listing import imported, written
-from switchkit.registry import KINDS, _all
+from switchkit.registry import KINDS, all_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ def test_every_part_with_its_paper(run):
     code, out, err = run("list")
     assert (code, err) == (0, "")
     assert [title for title in [*KINDS, "recipes"] if title not in out] == []
-    assert [name for name in _all() if name not in out] == []
+    assert [name for name in all_parts() if name not in out] == []
     assert "arXiv 2101.03961" in out
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
+from torch.optim import Optimizer
 
 import switchkit.strategies  # noqa: F401  (names `expert_parallel` to Lightning, as the commands do)
 from switchkit.cli.errors import UserError
@@ -15,6 +18,7 @@ from switchkit.cli.settings import merge_all
 from switchkit.cli.signatures import signature_of
 from switchkit.layers import MoEFactory, RouterFactory
 from switchkit.losses.base import LossFactory
+from switchkit.optim import OptimizerFactory
 
 TOP_K = "switchkit.routing.token_choice.TopK"
 SWITCH = "switchkit.routing.token_choice.Switch"
@@ -83,6 +87,14 @@ def test_the_one_class_of_a_place_need_not_be_named():
     assert found["class_path"] == "switchkit.layers.MoELayer"
     with pytest.raises(UserError, match="no class is named"):
         part((".k", "3"))
+
+
+def test_the_rate_of_an_optimizer_that_is_not_named_is_that_of_the_default():
+    found = part((".lr", "0.001"), hint=OptimizerFactory | None, key="optimizer")
+    arguments = {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}
+    assert found == {"class_path": "torch.optim.adamw.AdamW", "init_args": arguments}
+    with pytest.raises(UserError, match="no class is named"):  # of a module that is not ours
+        part((".lr", "0.001"), hint=Callable[[Any], Optimizer] | None, key="optimizer")
 
 
 def test_a_text_that_is_a_name_elsewhere_stays_a_text():

@@ -207,7 +207,7 @@ def test_of_two_that_are_alike_the_less_used_goes() -> None:
     """0 and 1 are most alike and 0 is used less; then 2 and 3, of which 2 is."""
     alike = [[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.2, 0.3], [0.1, 0.2, 1.0, 0.5], [0.0, 0.3, 0.5, 1.0]]
     load = torch.tensor([5.0, 7.0, 0.0, 9.0]).double()
-    use = ExpertUse("x", load, load.flip(0), 21, torch.diag(load), torch.tensor(alike).double(), 21.0)
+    use = ExpertUse("x", load, load.flip(0), 21, torch.tensor(alike).double(), 21.0)
     assert kept_experts(use, 3, "similarity") == [1, 2, 3]
     assert kept_experts(use, 2, "similarity") == [1, 3]
     assert kept_experts(use, 2, "usage") == [1, 3]

@@ -153,7 +153,6 @@ def test_a_given_tokenizer_encodes(file: str) -> None:
     mine = CharTokenizer("".join(map(chr, range(127, 9, -1))))
     data = text_data(file, tokenizer=mine)
     assert data.tokenizer is mine
-    assert data.given_tokenizer is mine
     assert torch.equal(data.train_tokens, mine.encode(TEXT[:2700]))
     with pytest.raises(ValueError, match="is not in the vocabulary of 3"):
         _ = text_data(file, tokenizer=CharTokenizer("THE")).train_tokens

@@ -108,7 +108,7 @@ def test_training_without_scipy_says_what_to_install(monkeypatch: pytest.MonkeyP
     router, x = make(2), torch.randn(1, 4, D, dtype=torch.float64)
     valid = torch.ones(1, 4, dtype=torch.bool)
     router.eval()(x, None, valid)
-    with pytest.raises(ImportError, match="router 'base' .* pip install scipy"):
+    with pytest.raises(ImportError, match="router 'base' .* pip install 'switchkit\\[base\\]'"):
         router.train()(x, None, valid)
 
 
