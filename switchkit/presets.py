@@ -17,9 +17,10 @@ from typing import Any
 import lightning as L
 
 from switchkit.cli.errors import near
-from switchkit.cli.normalise import Source, target_of
+from switchkit.cli.normalise import target_of
 from switchkit.cli.recipes import load_yaml, recipes
 from switchkit.cli.settings import merge_all
+from switchkit.cli.sources import Source
 from switchkit.layers import MoELayer
 from switchkit.losses.base import LossFactory
 from switchkit.routing.gshard import GShard

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.normalise import Source, edit
 from switchkit.cli.plugins import split_plugins
 from switchkit.cli.recipes import recipes
+from switchkit.cli.sources import Source, edit
 
 __all__ = ["Arguments", "environment", "read_arguments", "take_options"]
 

@@ -17,7 +17,7 @@ from switchkit import __version__, checkpoints, report
 from switchkit.audit import LONG, Finding, audit, sees_future, sequences_for
 from switchkit.cli.arguments import read_arguments, take_options
 from switchkit.cli.errors import UserError
-from switchkit.cli.lightning import ModelOnly
+from switchkit.cli.model_only import ModelOnly
 from switchkit.cli.normalise import target_of
 from switchkit.cli.options import json_target, write_json
 from switchkit.cli.settings import compose

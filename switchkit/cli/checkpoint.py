@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Source
+from switchkit.cli.sources import Source
 
 __all__ = ["checkpoint_path", "given_checkpoint", "missing_told", "read_checkpoint", "root_dir"]
 

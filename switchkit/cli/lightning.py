@@ -36,7 +36,7 @@ from switchkit.process import keep_memory
 from switchkit.registry import full_path
 from switchkit.start import later
 
-__all__ = ["ModelOnly", "SwitchkitCLI", "build", "run"]
+__all__ = ["SwitchkitCLI", "build", "run"]
 
 use_for_ddp()
 
@@ -287,20 +287,3 @@ class SwitchkitCLI(LightningCLI):
         from switchkit import report
 
         report.predicted(self)
-
-
-class ModelOnly(SwitchkitCLI):
-    """Model and data of `command`, whatever devices and strategy the recipe trains with."""
-
-    def __init__(self, argv: Sequence[str], command: str = "fit") -> None:
-        super().__init__(command, argv, execute=False)
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )

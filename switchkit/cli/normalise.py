@@ -8,76 +8,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from switchkit.cli.classes import check_strategy, find_class, named_strategy
 from switchkit.cli.errors import UserError, listed, short
-from switchkit.cli.recipes import load_yaml, read_config
+from switchkit.cli.recipes import load_yaml
 from switchkit.cli.signatures import Parameter, Place, Signature, members, place_of, signature_of
+from switchkit.cli.sources import Edit, Source, subconfig
 from switchkit.cli.values import convert
 from switchkit.optim import OptimizerFactory, adamw
 from switchkit.registry import full_path, resolve
 
-__all__ = [
-    "Edit",
-    "Source",
-    "default_of",
-    "edit",
-    "is_spec",
-    "merge",
-    "merge_arguments",
-    "require",
-    "subconfig",
-    "target_of",
-]
+__all__ = ["default_of", "is_spec", "merge", "merge_arguments", "require", "target_of"]
 
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _ANY = Place((), factory=True)
-
-
-class Edit(dict[str, Any]):
-    """A change that a command line makes: it touches what it names and nothing beside it."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One configuration: where it comes from, and what it says."""
-
-    values: Mapping[str, Any]
-    label: str = ""
-    """How an error names it: a file, or empty for the command line."""
-    folder: Path | None = None
-    """Where its sub-configurations lie."""
-
-    @property
-    def typed(self) -> bool:
-        """Whether its values are text still to be read, as those of a command line are."""
-        return isinstance(self.values, Edit)
-
-    @property
-    def variable(self) -> bool:
-        """Whether it is a variable of the environment: text that was not typed."""
-        return self.typed and bool(self.label)
-
-    def where(self, key: str) -> str:
-        return f"{self.label}: {key}" if self.label else f"--{key}"
-
-    def without(self, key: str) -> Source:
-        """The same, but for what it says of a key at the top."""
-        kept = {name: value for name, value in self.values.items() if name != key}
-        return replace(self, values=Edit(kept) if self.typed else kept)
-
-
-def edit(key: str, value: str, label: str = "") -> Source:
-    """The source that sets one dotted key, as ``--model.moe.router.k 3`` does."""
-    values: Any = value
-    for name in reversed(key.split(".")):
-        values = Edit({name: values})
-    return Source(values, label)
 
 
 def merge(old: Any, new: Any, hint: Any, key: str, source: Source) -> Any:
@@ -258,16 +205,6 @@ def _read(text: str, key: str, source: Source) -> Any:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise UserError(f"{source.where(key)}: {short(text)} is not valid YAML: {problem}") from error
-
-
-def subconfig(name: str, source: Source) -> Source | None:
-    """What a part's value stands for that is the name of a file; None: it is none."""
-    if not name.endswith((".yaml", ".yml", ".json")):
-        return None
-    path = (source.folder or Path()) / name
-    if not path.is_file():
-        raise UserError(f"{source.label or 'command line'}: there is no file {str(path)!r}")
-    return Source(read_config(path), str(path), path.parent)
 
 
 def is_spec(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
-from switchkit.cli.lightning import ModelOnly
+from switchkit.cli.model_only import ModelOnly
 from switchkit.cli.settings import compose
 from switchkit.cli.teacher import distils
 from switchkit.models import Decoder, EncoderDecoder

@@ -13,12 +13,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from switchkit.cli.arguments import Arguments, environment
 from switchkit.cli.checkpoint import given_checkpoint, read_checkpoint
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Edit, Source, edit, is_spec, merge, merge_arguments, require, subconfig, target_of
+from switchkit.cli.normalise import is_spec, merge, merge_arguments, require, target_of
 from switchkit.cli.options import new_file
 from switchkit.cli.plugins import anywhere, distinct, import_plugins, load_entry_points
 from switchkit.cli.ranges import check_ranges
 from switchkit.cli.recipes import find_config, is_comparison, read_config, recipes
 from switchkit.cli.signatures import Parameter, signature_of
+from switchkit.cli.sources import Edit, Source, edit, subconfig
 from switchkit.cli.teacher import distils, teacher_of, teacher_settings
 from switchkit.module import LanguageModule
 

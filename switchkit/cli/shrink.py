@@ -35,6 +35,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     work = Conversion.begin(options)
 
     from switchkit.convert import shrinking
+    from switchkit.convert.densifying import to_dense
     from switchkit.convert.measuring import assumed, measure
 
     shrinking.check_shrinks(work.module, getattr(options, "keep", getattr(options, "experts", None)))
@@ -49,7 +50,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     elif command == "merge":
         made = shrinking.merge(work.module, options.experts, found, how=options.how)
     else:
-        made = shrinking.to_dense(work.module, found, how=options.how)
+        made = to_dense(work.module, found, how=options.how)
     after = None
     if batches is not None:
         after = measure(made, batches, limit=options.batches)
@@ -123,7 +124,7 @@ def _batches(work: Conversion, plugins: Sequence[str]) -> Any:
     if work.data is None:
         return None
 
-    from switchkit.cli.lightning import ModelOnly
+    from switchkit.cli.model_only import ModelOnly
 
     more = ["--plugins", *plugins] if plugins else []
     try:

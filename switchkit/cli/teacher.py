@@ -8,7 +8,8 @@ from typing import Any
 
 from switchkit.cli.checkpoint import checkpoint_path, read_checkpoint, root_dir
 from switchkit.cli.errors import UserError
-from switchkit.cli.normalise import Source, target_of
+from switchkit.cli.normalise import target_of
+from switchkit.cli.sources import Source
 
 __all__ = ["distils", "teacher_of", "teacher_settings"]
 

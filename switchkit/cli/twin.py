@@ -10,7 +10,7 @@ from typing import Any
 
 from switchkit import __version__
 from switchkit.cli.errors import UserError
-from switchkit.cli.lightning import ModelOnly
+from switchkit.cli.model_only import ModelOnly
 from switchkit.cli.normalise import is_spec, target_of
 from switchkit.cli.options import new_file
 from switchkit.cli.recipes import dump_yaml

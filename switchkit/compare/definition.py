@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from switchkit.cli.errors import UserError, near, short
-from switchkit.cli.normalise import Source
 from switchkit.cli.recipes import find_config, is_comparison, read_config
+from switchkit.cli.sources import Source
 
 __all__ = ["Definition", "Entry", "define"]
 

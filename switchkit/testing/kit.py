@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,69 +23,13 @@ from switchkit.routing.base import Router
 from switchkit.routing.token_choice import Switch, TopK
 from switchkit.testing import properties as p
 from switchkit.testing.cases import TIGHT, Case, make_equal, run, takes
-from switchkit.testing.expect import Broken
 from switchkit.testing.oracle import one_expert
+from switchkit.testing.question import Question, Result, ask, when
 from switchkit.testing.traits import traits_of
 
 __all__ = ["ASKED", "Result", "ask_capacity", "ask_dispatcher", "ask_experts", "ask_loss", "ask_router", "results_of"]
 
 Around = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one property of one part, over all cases it was asked in."""
-
-    property: str
-    status: Literal["held", "failed", "skipped"]
-    detail: str
-    """The sentence of a failure, or why the property was not asked; empty where it held."""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Question:
-    """A property, the cases it is asked in, or the reason why it is not asked."""
-
-    function: Callable[..., None]
-    cases: Sequence[Any]
-    options: Mapping[str, Any]
-    reason: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
-
-    def answer(self, subject: str, skip: Sequence[str]) -> Result:
-        """Ask it."""
-        if self.name in skip:
-            return Result(self.name, "skipped", "left out on request", 0.0)
-        if self.reason is not None:
-            return Result(self.name, "skipped", self.reason, 0.0)
-        start = time.perf_counter()
-        for case in self.cases:
-            try:
-                self.function(case, **self.options)
-            except Broken as broken:
-                return Result(self.name, "failed", str(broken), time.perf_counter() - start)
-            except Exception as error:
-                what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-                told = f"{subject}: raised {what}: it cannot train where this is asked ({_doc(self.function)})"
-                return Result(self.name, "failed", told, time.perf_counter() - start)
-        return Result(self.name, "held", "", time.perf_counter() - start)
-
-
-def _doc(function: Callable[..., None]) -> str:
-    return (function.__doc__ or function.__name__).partition("\n")[0].rstrip(".")
-
-
-def _ask(function: Callable[..., None], *cases: Any, unless: str | None = None, **options: Any) -> Question:
-    """A question in some cases; `unless` is the reason why it is not asked."""
-    return Question(function, cases, options, unless)
-
-
-def _when(condition: object, reason: str) -> str | None:
-    return reason if condition else None
 
 
 def _both(case: Case) -> list[Case]:
@@ -107,38 +51,38 @@ def ask_router(cls: type[Router], options: Mapping[str, Any], around: Around) ->
     traits = traits_of(case)
     both = _both(case)
     still = both if traits.draws else [*both, *(replace(c, training=True) for c in both)]
-    placing = _when(traits.places, "it places tokens itself")
-    mixing = _when(traits.mixes, "its slots are mixtures of tokens")
+    placing = when(traits.places, "it places tokens itself")
+    mixing = when(traits.mixes, "its slots are mixtures of tokens")
     published = cls in (Switch, TopK) and not set(given) - {"jitter", "input_dropout", "sample", "temperature"}
-    yield _ask(p.accounts_balance, *both, exact=not traits.optional)
-    yield _ask(p.probabilities_add_up, case)
-    yield _ask(p.capacity_is_filled, *both, unless=placing)
-    yield _ask(p.first_come_first_served, *both, unless=placing)
-    yield _ask(p.equals_the_loop, *both)
-    yield _ask(p.equals_the_paper, *both, unless=_when(not published, "the kit has no loop for its formulas"))
-    yield _ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in both for d in ("sorted", "padded")))
-    yield _ask(p.finite_differences_agree, case)
-    alone = _when(not traits.single, "it needs more than one expert")
-    yield _ask(p.one_expert_is_dense, case, unless=mixing or alone, whole=traits.whole)
-    yield _ask(p.equal_experts_are_dense, case, unless=mixing)
-    yield _ask(p.task_gradient_reaches_the_router, case, unless=_when(not traits.learned, "it learns nothing"))
-    yield _ask(p.nothing_at_all_is_fine, *both)
-    yield _ask(p.padding_changes_nothing, *still)
-    yield _ask(p.sequences_do_not_meet, *still)
+    yield ask(p.accounts_balance, *both, exact=not traits.optional)
+    yield ask(p.probabilities_add_up, case)
+    yield ask(p.capacity_is_filled, *both, unless=placing)
+    yield ask(p.first_come_first_served, *both, unless=placing)
+    yield ask(p.equals_the_loop, *both)
+    yield ask(p.equals_the_paper, *both, unless=when(not published, "the kit has no loop for its formulas"))
+    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in both for d in ("sorted", "padded")))
+    yield ask(p.finite_differences_agree, case)
+    alone = when(not traits.single, "it needs more than one expert")
+    yield ask(p.one_expert_is_dense, case, unless=mixing or alone, whole=traits.whole)
+    yield ask(p.equal_experts_are_dense, case, unless=mixing)
+    yield ask(p.task_gradient_reaches_the_router, case, unless=when(not traits.learned, "it learns nothing"))
+    yield ask(p.nothing_at_all_is_fine, *both)
+    yield ask(p.padding_changes_nothing, *still)
+    yield ask(p.sequences_do_not_meet, *still)
     leaks = traits.leaks
-    yield _ask(p.the_future_changes_nothing, *both, unless=leaks and f"it declares that it leaks: {leaks}")
-    yield _ask(p.leaks_as_declared, case, unless=_when(not leaks, "it declares no leak"))
-    placed = _when(traits.by_position, "it decides by the place of a token alone")
-    yield _ask(p.order_goes_with_the_tokens, case, unless=placed)
-    uneven = _when(not traits.uniform, "parameters of zero do not make it uniform")
-    yield _ask(p.balance_is_one_when_uniform, case, unless=uneven)
-    yield _ask(p.evaluation_is_certain, *both)
-    yield _ask(p.forward_changes_nothing, case, replace(case, dtype=torch.bfloat16))
-    calm = _when(not traits.draws, "it draws no random numbers in training")
-    yield _ask(p.exploration_stays_in_the_router, case, unless=calm or mixing)
-    yield _ask(p.routing_is_float32, case)
-    yield _ask(p.checkpointing_changes_nothing, case)
-    yield _ask(p.compiles, case, around=around)
+    yield ask(p.the_future_changes_nothing, *both, unless=leaks and f"it declares that it leaks: {leaks}")
+    yield ask(p.leaks_as_declared, case, unless=when(not leaks, "it declares no leak"))
+    placed = when(traits.by_position, "it decides by the place of a token alone")
+    yield ask(p.order_goes_with_the_tokens, case, unless=placed)
+    uneven = when(not traits.uniform, "parameters of zero do not make it uniform")
+    yield ask(p.balance_is_one_when_uniform, case, unless=uneven)
+    yield ask(p.evaluation_is_certain, *both)
+    yield ask(p.forward_changes_nothing, case, replace(case, dtype=torch.bfloat16))
+    calm = when(not traits.draws, "it draws no random numbers in training")
+    yield ask(p.exploration_stays_in_the_router, case, unless=calm or mixing)
+    yield ask(p.routing_is_float32, case)
+    yield ask(p.checkpointing_changes_nothing, case)
+    yield ask(p.compiles, case, around=around)
 
 
 def ask_capacity(cls: type[CapacityPolicy], options: Mapping[str, Any], around: Around) -> Iterator[Question]:
@@ -154,26 +98,26 @@ def ask_capacity(cls: type[CapacityPolicy], options: Mapping[str, Any], around: 
     leaks = [(case, case.layer().leaks) for case in cases]
     honest, leaky = [c for c, reason in leaks if not reason], [c for c, reason in leaks if reason]
     moves = any(run(c.layer(), *c.inputs())[1].asked is not None for c in cases)
-    moving = _when(moves, "it sends overflow to other experts")
-    served = _when(not honest, f"it declares that it leaks: {leaks[-1][1]}")
-    yield _ask(p.accounts_balance, *cases)
-    yield _ask(p.capacity_is_filled, *cases, *small, unless=moving)
-    yield _ask(p.first_come_first_served, *honest, unless=moving or served)
-    yield _ask(p.counts_are_exact, base)
-    yield _ask(p.equals_the_loop, *cases)
-    yield _ask(p.equals_the_paper, *honest, unless=moving or served)
-    yield _ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in cases for d in ("sorted", "padded")))
-    yield _ask(p.finite_differences_agree, *cases)
-    yield _ask(p.nothing_at_all_is_fine, *cases)
-    yield _ask(p.padding_changes_nothing, *cases)
-    yield _ask(p.sequences_do_not_meet, *(replace(c, dispatcher=d) for c in cases for d in ("sorted", "padded")))
-    yield _ask(p.the_future_changes_nothing, *honest, unless=served)
-    yield _ask(p.leaks_as_declared, *leaky, unless=_when(not leaky, "it declares no leak"))
-    yield _ask(p.groups_are_layers_of_their_own, *(replace(c, group=g) for c in cases for g in ("batch", 4)))
-    yield _ask(p.evaluation_is_certain, *cases)
-    yield _ask(p.forward_changes_nothing, *cases)
-    yield _ask(p.checkpointing_changes_nothing, *cases)
-    yield _ask(p.compiles, cases[1], around=around)
+    moving = when(moves, "it sends overflow to other experts")
+    served = when(not honest, f"it declares that it leaks: {leaks[-1][1]}")
+    yield ask(p.accounts_balance, *cases)
+    yield ask(p.capacity_is_filled, *cases, *small, unless=moving)
+    yield ask(p.first_come_first_served, *honest, unless=moving or served)
+    yield ask(p.counts_are_exact, base)
+    yield ask(p.equals_the_loop, *cases)
+    yield ask(p.equals_the_paper, *honest, unless=moving or served)
+    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in cases for d in ("sorted", "padded")))
+    yield ask(p.finite_differences_agree, *cases)
+    yield ask(p.nothing_at_all_is_fine, *cases)
+    yield ask(p.padding_changes_nothing, *cases)
+    yield ask(p.sequences_do_not_meet, *(replace(c, dispatcher=d) for c in cases for d in ("sorted", "padded")))
+    yield ask(p.the_future_changes_nothing, *honest, unless=served)
+    yield ask(p.leaks_as_declared, *leaky, unless=when(not leaky, "it declares no leak"))
+    yield ask(p.groups_are_layers_of_their_own, *(replace(c, group=g) for c in cases for g in ("batch", 4)))
+    yield ask(p.evaluation_is_certain, *cases)
+    yield ask(p.forward_changes_nothing, *cases)
+    yield ask(p.checkpointing_changes_nothing, *cases)
+    yield ask(p.compiles, cases[1], around=around)
 
 
 def ask_experts(cls: type[Experts], options: Mapping[str, Any], around: Around) -> Iterator[Question]:
@@ -183,24 +127,24 @@ def ask_experts(cls: type[Experts], options: Mapping[str, Any], around: Around) 
     small = [replace(c, dtype=torch.float32, d_model=8, d_ff=12) for c in layouts]
     # As wide as the tokens, so that a transposed matrix would fit.
     square = [replace(base, d_ff=base.d_model), *_both(base)]
-    yield _ask(p.experts_start_different, base)
-    yield _ask(p.equals_the_loop, *layouts, *square, replace(base, router="switch", k=None))
-    yield _ask(p.dispatchers_agree, *(replace(c, capacity="dropless") for c in layouts[:2]), *layouts[:2])
-    yield _ask(p.finite_differences_agree, *layouts)
-    yield _ask(p.one_expert_is_dense, *layouts)
-    differ = _when(not _alike(base), "its experts differ in more than their weights")
-    yield _ask(p.equal_experts_are_dense, *layouts, unless=differ)
-    yield _ask(p.idle_experts_get_zero_gradients, *layouts, *small, replace(base, router="switch", k=None))
-    yield _ask(p.rows_of_no_expert_are_zero, base)
-    yield _ask(p.nothing_at_all_is_fine, *layouts, replace(base, router="switch", k=None))
-    yield _ask(p.padding_changes_nothing, *layouts)
-    yield _ask(p.sequences_do_not_meet, *layouts)
-    yield _ask(p.the_future_changes_nothing, base)
-    yield _ask(p.evaluation_is_certain, *layouts)
-    yield _ask(p.forward_changes_nothing, base, replace(base, dtype=torch.bfloat16))
-    yield _ask(p.routing_is_float32, *layouts)
-    yield _ask(p.checkpointing_changes_nothing, *layouts)
-    yield _ask(p.compiles, base, around=around)
+    yield ask(p.experts_start_different, base)
+    yield ask(p.equals_the_loop, *layouts, *square, replace(base, router="switch", k=None))
+    yield ask(p.dispatchers_agree, *(replace(c, capacity="dropless") for c in layouts[:2]), *layouts[:2])
+    yield ask(p.finite_differences_agree, *layouts)
+    yield ask(p.one_expert_is_dense, *layouts)
+    differ = when(not _alike(base), "its experts differ in more than their weights")
+    yield ask(p.equal_experts_are_dense, *layouts, unless=differ)
+    yield ask(p.idle_experts_get_zero_gradients, *layouts, *small, replace(base, router="switch", k=None))
+    yield ask(p.rows_of_no_expert_are_zero, base)
+    yield ask(p.nothing_at_all_is_fine, *layouts, replace(base, router="switch", k=None))
+    yield ask(p.padding_changes_nothing, *layouts)
+    yield ask(p.sequences_do_not_meet, *layouts)
+    yield ask(p.the_future_changes_nothing, base)
+    yield ask(p.evaluation_is_certain, *layouts)
+    yield ask(p.forward_changes_nothing, base, replace(base, dtype=torch.bfloat16))
+    yield ask(p.routing_is_float32, *layouts)
+    yield ask(p.checkpointing_changes_nothing, *layouts)
+    yield ask(p.compiles, base, around=around)
 
 
 def _alike(case: Case) -> bool:
@@ -227,26 +171,26 @@ def ask_dispatcher(cls: type[Dispatcher], options: Mapping[str, Any], around: Ar
     grouped = [replace(base, group=group) for group in ("batch", 1, 3, 4, 50)]
     dropped = [replace(base, k=k, dropped=option) for k in (1, 2) for option in ("zero", "input", "weighted_input")]
     one = replace(base, router="switch", k=None)
-    oracle = _when(issubclass(cls, Einsum), "it is the one that others are held to, and computes every slot")
-    yield _ask(p.forward_changes_nothing, base, one)
-    yield _ask(p.equals_the_paper, *_both(one), *_both(base))
-    yield _ask(p.dropped_tokens_get, *dropped, one)
-    yield _ask(p.experts_see_kept_rows_only, *layers, unless=oracle)
-    yield _ask(p.counts_are_exact, base, unless=oracle)
-    yield _ask(p.idle_experts_get_zero_gradients, base, one)
-    yield _ask(p.nothing_at_all_is_fine, *routers)
-    yield _ask(p.padding_changes_nothing, *_both(base), *_both(one))
-    yield _ask(p.sequences_do_not_meet, *_both(base), *_both(one))
-    yield _ask(p.the_future_changes_nothing, *_both(base), *_both(one))
-    yield _ask(p.groups_are_layers_of_their_own, *grouped, replace(one, group=4))
-    yield _ask(p.evaluation_is_certain, base)
-    yield _ask(p.routing_is_float32, base)
-    yield _ask(p.checkpointing_changes_nothing, base)
+    oracle = when(issubclass(cls, Einsum), "it is the one that others are held to, and computes every slot")
+    yield ask(p.forward_changes_nothing, base, one)
+    yield ask(p.equals_the_paper, *_both(one), *_both(base))
+    yield ask(p.dropped_tokens_get, *dropped, one)
+    yield ask(p.experts_see_kept_rows_only, *layers, unless=oracle)
+    yield ask(p.counts_are_exact, base, unless=oracle)
+    yield ask(p.idle_experts_get_zero_gradients, base, one)
+    yield ask(p.nothing_at_all_is_fine, *routers)
+    yield ask(p.padding_changes_nothing, *_both(base), *_both(one))
+    yield ask(p.sequences_do_not_meet, *_both(base), *_both(one))
+    yield ask(p.the_future_changes_nothing, *_both(base), *_both(one))
+    yield ask(p.groups_are_layers_of_their_own, *grouped, replace(one, group=4))
+    yield ask(p.evaluation_is_certain, base)
+    yield ask(p.routing_is_float32, base)
+    yield ask(p.checkpointing_changes_nothing, base)
     # What takes seconds comes last.
-    yield _ask(p.dispatchers_agree, *layers, *grouped, unless=oracle)
-    yield _ask(p.equals_the_loop, *layers, *grouped, *dropped)
-    yield _ask(p.finite_differences_agree, *routers)
-    yield _ask(p.compiles, replace(base, capacity="dropless"), base, around=around)
+    yield ask(p.dispatchers_agree, *layers, *grouped, unless=oracle)
+    yield ask(p.equals_the_loop, *layers, *grouped, *dropped)
+    yield ask(p.finite_differences_agree, *routers)
+    yield ask(p.compiles, replace(base, capacity="dropless"), base, around=around)
 
 
 def _ours(cls: type) -> bool:
@@ -265,19 +209,19 @@ def ask_loss(cls: type[Loss], options: Mapping[str, Any], around: Around) -> Ite
     cases = [p.LossCase(make, _record_of(name), cls.__name__) for name in ([router] if router else READABLE)]
     case = next((c for c in cases if _reads(c)), cases[0])
     pooled = given.get("layers") == "pooled"
-    yield _ask(p.loss_of_nothing_is_zero, case)
-    yield _ask(p.loss_ignores_padding, case)
-    yield _ask(p.layers_do_not_cancel, case, unless=_when(pooled, "layers='pooled' was asked for"))
-    yield _ask(p.loss_changes_nothing, case)
-    yield _ask(p.loss_reaches_the_router, case)
-    yield _ask(p.loss_gradient_agrees, case)
+    yield ask(p.loss_of_nothing_is_zero, case)
+    yield ask(p.loss_ignores_padding, case)
+    yield ask(p.layers_do_not_cancel, case, unless=when(pooled, "layers='pooled' was asked for"))
+    yield ask(p.loss_changes_nothing, case)
+    yield ask(p.loss_reaches_the_router, case)
+    yield ask(p.loss_gradient_agrees, case)
     if cls is Balance and not given:
-        yield _ask(p.balance_is_one_when_uniform, replace(case.case, subject=cls.__name__))
-        yield _ask(p.balance_sees_collapse, cls)
-        yield _ask(p.equals_the_paper, *_both(case.case))
+        yield ask(p.balance_is_one_when_uniform, replace(case.case, subject=cls.__name__))
+        yield ask(p.balance_sees_collapse, cls)
+        yield ask(p.equals_the_paper, *_both(case.case))
     if cls is RouterZ and not given:
-        yield _ask(p.z_loss_has_its_closed_form, cls)
-        yield _ask(p.equals_the_paper, *_both(case.case))
+        yield ask(p.z_loss_has_its_closed_form, cls)
+        yield ask(p.equals_the_paper, *_both(case.case))
 
 
 def _record_of(router: str | type[Router]) -> Case:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 import switchkit.strategies  # noqa: F401  (names `expert_parallel` to Lightning, as the commands do)
 from switchkit.cli.errors import UserError
-from switchkit.cli.normalise import Source, edit, merge
+from switchkit.cli.normalise import merge
 from switchkit.cli.settings import merge_all
 from switchkit.cli.signatures import signature_of
+from switchkit.cli.sources import Source, edit
 from switchkit.layers import MoEFactory, RouterFactory
 from switchkit.losses.base import LossFactory
 from switchkit.optim import OptimizerFactory

@@ -230,7 +230,5 @@ def test_json_goes_to_a_file_beside_the_table(run):
 
 def test_an_option_without_its_value_takes_none_of_the_next(run):
     code, _, err = run("plan", *SMALL, "--model.net.d_model", "--gpus", "2")
-    assert (code, err) == (
-        2,
-        "switchkit: error: --model.net.d_model needs a value: --model.net.d_model VALUE or --model.net.d_model=VALUE\n",
-    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--model.net.d_model needs a value: --model.net.d_model VALUE" in err

@@ -25,8 +25,9 @@ from switchkit import (
     TopK,
 )
 from switchkit.convert.comparing import change
+from switchkit.convert.densifying import to_dense
 from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
-from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale, to_dense
+from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
 from switchkit.losses.devices import CommunicationBalance, DeviceBalance
