@@ -107,6 +107,8 @@ def test_a_sample_begins_where_the_vocabulary_makes_nothing_of_a_line_end(words:
     net = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, context=8, sparse=[])
     module = LanguageModule(net, losses=[], tokenizer=tokenizer)
     assert isinstance(sample(module, None, 4), str)
+    if "a" not in words:
+        assert "--prompt=-b --max" in command(module, None, "x.ckpt", "-b")  # no option of its own
     assert command(module, None, "x.ckpt", "b").endswith(
         f"--prompt {'ROMEO:' if 'a' in words else 'b'} --max_new_tokens 200"
     )

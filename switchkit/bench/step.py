@@ -154,10 +154,7 @@ def twin_of(name: str, module: LanguageModule) -> list[str]:
 
 def found_recipe(name: str) -> str:
     """The path of a recipe that ``--recipe`` names."""
-    try:
-        return str(find_config(name))
-    except UserError as error:
-        raise UserError(str(error).replace("--config", "--recipe", 1)) from None
+    return str(find_config(name, "--recipe "))
 
 
 def pool(recipe: Recipe, device: torch.device) -> list[dict[str, Tensor]]:

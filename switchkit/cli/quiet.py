@@ -11,7 +11,10 @@ __all__ = ["quiet"]
 def quiet(command: str) -> None:
     """Drop advertisements, and warnings that a user of the command line can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available"))
+        # Of generated text a box tells.
+        lambda record: (
+            not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available", "Generated text: "))
+        )
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # Rows are logged by optimizer steps, over the ends of epochs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +51,32 @@ def _compares(path: Path) -> bool:
     return path.parent.name == "compare" and re.search(r"^runs:", path.read_text("utf-8"), re.MULTILINE) is not None
 
 
-def find_config(name: str) -> Path:
-    """The file that ``--config`` names: a path, or else the name of a packaged recipe.
+def find_config(name: str, said: str = "--config ") -> Path:
+    """The file that ``--config`` names: a path, a pipe too, or else the name of a packaged recipe.
+
+    Args:
+        name: of the file or recipe.
+        said: what an error puts before the name.
 
     Raises:
         UserError: neither exists.
     """
     if not name.strip():
-        raise UserError(f"--config needs a file or the name of a recipe: {', '.join(recipes()) or 'none found'}")
+        raise UserError(f"{said}needs a file or the name of a recipe: {', '.join(recipes()) or 'none found'}")
     path = Path(name).expanduser()
     known = _packaged()
     recipe = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if recipe in known:
         return known[recipe]
     if path.is_dir():
         saved = path.suffix == ".ckpt"
-        raise UserError(f"--config {name}: {_IS_CHECKPOINT if saved else 'this is a folder; give a YAML file in it'}")
+        raise UserError(f"{said}{name}: {_IS_CHECKPOINT if saved else 'this is a folder; give a YAML file in it'}")
     beside = [str(other) for suffix in ("yaml", "yml") for other in path.parent.glob(f"*.{suffix}")]
     hint = next((hint for hint in (near(recipe, known), near(name, beside)) if hint != "."), ".")
     raise UserError(
-        f"--config {name}: there is no such file, nor a recipe of that name{hint} "
+        f"{said}{name}: there is no such file, nor a recipe of that name{hint} "
         f"Recipes: {', '.join(recipes()) or 'none'}"
     )
 
@@ -83,7 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: unreadable, a checkpoint, not UTF-8, not YAML or not a mapping; says where in the file.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else _piped(path)
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if content.startswith(_SAVED):
@@ -91,7 +96,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    importable(path.resolve().parent)
+    if path.is_file():
+        importable(path.resolve().parent)
     try:
         values = load_yaml(text)
     except yaml.YAMLError as error:
@@ -101,6 +107,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected a mapping such as `trainer: {{max_steps: 100}}`, got {short(values)}")
     return values
+
+
+@cache
+def _piped(path: Path) -> bytes:
+    """What came through a pipe, which can be read once."""
+    return path.read_bytes()
 
 
 def load_yaml(text: str) -> Any:

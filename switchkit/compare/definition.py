@@ -48,7 +48,7 @@ def define(names: Sequence[str]) -> Definition:
     """
     found = []
     for name in names:
-        path = find_config(name)
+        path = find_config(name, "")
         found.append((name, path, read_config(path)))
     several = [name for name, _, values in found if is_comparison(values)]
     if several and len(found) > 1:

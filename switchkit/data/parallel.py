@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from switchkit.data.published import GZIP, DataError, NotAtHand, PublishedFile, decoded, find_published, sha256_of
 from switchkit.data.toy_languages import TOY_LANGUAGES, toy_languages
 
@@ -105,7 +107,9 @@ def find_parallel(languages: Iterable[str] | None = None, *, fallback: bool = Fa
     except NotAtHand as error:
         if not fallback:
             raise
-        return _toy(seed, "; ".join(error.looked))
+        made = _toy(seed, "; ".join(error.looked))
+        rank_zero_info(f"Generated text: {made.description}")
+        return made
     lines = iter(_lines(file.data, file.origin) for file in found)
     parts = {part: {code: next(lines) for code in ("en", *wanted)} for part in PARTS}
     notes = "".join(dict.fromkeys(file.note for file in found))

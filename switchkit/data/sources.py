@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from switchkit.data.play import generated_play
 from switchkit.data.published import DataError, NotAtHand, PublishedFile, decoded, find_published, sha256_of
 
@@ -67,6 +69,7 @@ def find_text(
             raise
         text = generated_play(seed)
         description = f"generated play, seed {seed}, in place of {file.title} ({'; '.join(error.looked)})"
+        rank_zero_info(f"Generated text: {description}")
         return Source(text, description, f"generated_play(seed={seed})", True, sha256_of(text.encode()))
     text = decoded(found.data, found.origin)
     description = f"{file.title}, {len(text):,} characters{found.note}"

@@ -34,7 +34,9 @@ def command(module: Any, data: Any, checkpoint: object, written: str | None) -> 
         # Its end, in one line: a window of a text is long.
         prompt = " ".join(source.text[-100:].split())
         more = "" if source.language is None else f" --language {source.language}"
-    named = f"--ckpt_path {shlex.quote(str(checkpoint))} --prompt {shlex.quote(prompt)}"
+    # A word that begins with a dash would be taken for an option.
+    between = "=" if prompt.startswith("-") else " "
+    named = f"--ckpt_path {shlex.quote(str(checkpoint))} --prompt{between}{shlex.quote(prompt)}"
     return f"switchkit generate {named}{more} --max_new_tokens 200"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 
 from switchkit.cli import recipes as module
 from switchkit.cli.errors import UserError
-from switchkit.cli.recipes import find_config, load_yaml, read_config, recipes
+from switchkit.cli.recipes import _piped, find_config, load_yaml, read_config, recipes
 from switchkit.parallel import layout as layout_of
 
 
@@ -57,6 +58,22 @@ def test_list_shows_a_recipe_s_first_comment(packaged, run):
 def test_numbers_are_read_as_the_parser_reads_them():
     found = load_yaml("[1e-3, 1.5e3, -.5, 3, .inf, 2020-01-01, 1.0]")
     assert found == [1e-3, 1500.0, -0.5, 3, math.inf, "2020-01-01", 1.0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_pipe_is_a_configuration_and_is_read_once(folder, run):
+    """As in ``--config <(switchkit describe --config R --twin flops)``; `audit` composes its settings twice."""
+    text = (folder / "small.yaml").read_text()
+    for command in (["describe"], ["audit"]):
+        reading, writing = os.pipe()
+        os.write(writing, text.encode())
+        os.close(writing)
+        try:
+            code, _, err = run(*command, "--config", f"/dev/fd/{reading}")
+        finally:
+            os.close(reading)
+            _piped.cache_clear()
+        assert (code, "Traceback" in err) == (0, False), err
 
 
 def test_an_empty_file_says_nothing(folder):

@@ -277,8 +277,11 @@ def test_offline_asks_nobody(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
     assert find_text("tinyshakespeare").text == TEXT
 
 
-def test_the_fallback_is_the_generated_play_and_says_so() -> None:
+def test_the_fallback_is_the_generated_play_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sources, "rank_zero_info", said.append)
     source = find_text("tinyshakespeare", fallback=True, seed=3)
+    assert said == [f"Generated text: {source.description}"]
     assert source.text == generated_play(3)
     assert source.generated
     assert source.description.startswith("generated play, seed 3, in place of Tiny Shakespeare")
