@@ -405,6 +405,13 @@ class LanguageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_ours(checkpoint)
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits and "optimizer_states" not in checkpoint:
+            path = self.trainer.ckpt_path or "this checkpoint"
+            raise ValueError(
+                f"{path} has weights alone, from which no run can go on: begin a new one with --init_from {path}, or "
+                "load_state_dict in code"
+            )
         ours = checkpoint["switchkit"]
         data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
         origin.tell_of_another_text(ours, data)

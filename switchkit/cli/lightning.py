@@ -274,7 +274,12 @@ class SwitchkitCLI(LightningCLI):
     def after_fit(self) -> None:
         from switchkit import report
 
-        report.closing(self)
+        try:
+            report.closing(self)
+        except (KeyboardInterrupt, SystemExit):
+            if first_process():
+                report.cut_short(self)
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         given = super()._prepare_subcommand_kwargs(subcommand)

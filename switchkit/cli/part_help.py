@@ -43,8 +43,8 @@ def part_help(command: str, arguments: Arguments) -> str:
     if target is None:
         raise UserError(f"--{key}.help needs the name of a class: --{key}.help NAME")
     title = f"{key}: {target.__module__}.{target.__qualname__}"
-    parser = ArgumentParser(prog=title, usage=f"{title}, init_args:", print_config=None, add_help=False)
-    parser.add_class_arguments(target, skip=set(place.given), fail_untyped=False)
+    parser = ArgumentParser(prog=title, usage=title, print_config=None, add_help=False)
+    parser.add_class_arguments(target, nested_key=key, skip=set(place.given), fail_untyped=False)
     return str(parser.format_help())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,17 @@ from switchkit.report.tables import (
 )
 from switchkit.report.twins import twin_rows
 
-__all__ = ["checkpoint_line", "closing", "context_of", "describe", "length_name", "opening", "part_of", "predicted"]
+__all__ = [
+    "checkpoint_line",
+    "closing",
+    "context_of",
+    "cut_short",
+    "describe",
+    "length_name",
+    "opening",
+    "part_of",
+    "predicted",
+]
 
 
 def checkpoint_line(path: str) -> None:
@@ -229,3 +240,14 @@ def _speed(cli: Any, wall: float) -> float | None:
         return None
     batches = (trainer.global_step - cli.began.step) * trainer.accumulate_grad_batches * trainer.world_size
     return batches * data.batch_size * data.context / wall
+
+
+def cut_short(cli: Any) -> None:
+    """Say that the run itself is whole where the evaluation after it was interrupted."""
+    path = _saved(cli.trainer, SaveBest) or _saved(cli.trainer, SaveLast)
+    if path is not None:
+        print(
+            f"switchkit: the run had ended, its last evaluation is missing: switchkit validate --ckpt_path "
+            f"{shlex.quote(str(path))}",
+            file=sys.stderr,
+        )

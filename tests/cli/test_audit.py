@@ -107,7 +107,7 @@ def test_help(run):
     code, out, _ = run("audit", "--help")
     assert code == 0
     assert "--json PATH" in out
-    assert "--normalize" in run("audit", "--model.moe.router.help", "top_k")[1]
+    assert "--model.moe.router.normalize" in run("audit", "--model.moe.router.help", "top_k")[1]
 
 
 @pytest.mark.parametrize(

@@ -295,9 +295,9 @@ def test_validate_prints_the_loss(runs, run):
     ("argv", "said"),
     [
         (["--help"], "--trainer.max_steps"),
-        (["--model.moe.router.help", "top_k"], "--normalize"),
-        ([*SMALL, "--model.net.help"], "--num_layers"),
-        (["--trainer.callbacks.help", "ModelCheckpoint"], "--monitor"),
+        (["--model.moe.router.help", "top_k"], "--model.moe.router.normalize"),
+        ([*SMALL, "--model.net.help"], "--model.net.num_layers"),
+        (["--trainer.callbacks.help", "ModelCheckpoint"], "--trainer.callbacks.monitor"),
     ],
 )
 def test_help(run, argv, said):
@@ -411,3 +411,28 @@ def test_predictions_at_home(run, folder, monkeypatch):
     assert "is there already" in err
     assert (home / "t.yaml").read_text() == written
     assert not Path("~").exists()
+
+
+def test_ctrl_c_in_the_last_evaluation_says_that_the_run_had_ended(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.validate", interrupted)
+    code, _, err = run("fit", *SMALL)
+    assert code == 130
+    path = "runs/version_0/checkpoints/last.ckpt"  # no validation came before it
+    told = f"switchkit: the run had ended, its last evaluation is missing: switchkit validate --ckpt_path {path}"
+    assert told in err.splitlines()
+    assert Path(path).is_file()
+
+
+def test_a_checkpoint_of_weights_alone_is_told(taught, run):
+    content = torch.load(taught, weights_only=True)
+    del content["optimizer_states"], content["lr_schedulers"]
+    torch.save(content, "weights.ckpt")
+    code, _, err = run("fit", "--ckpt_path", "weights.ckpt", "--trainer.max_steps", "4")
+    assert code == 2
+    told = "weights.ckpt has weights alone, from which no run can go on: begin a new one with --init_from weights.ckpt"
+    assert err.splitlines()[-1] == f"switchkit: error: {told}, or load_state_dict in code"
+    assert run("validate", "--ckpt_path", "weights.ckpt")[0] == 0
+    assert run("fit", *SMALL, "--init_from", "weights.ckpt")[0] == 0
