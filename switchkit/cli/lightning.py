@@ -176,7 +176,7 @@ class SwitchkitCLI(LightningCLI):
             with later(self._drawn_by_parts):
                 super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise reason(error) from None
+            raise reason(error, self._tree) from None
         self._begin_from()
 
     def _set_seed(self) -> None:

@@ -179,8 +179,22 @@ def test_one_line_that_says_what_to_write(run, name):
 
 
 BUILDS = {
-    "a value of a part": (["--model.moe.router.jitter", "3"], ["jitter must be in [0, 1); got 3.0"]),
-    "a value of the model": (["--model.warmup_steps", "-1"], ["warmup_steps must be at least 0; got -1"]),
+    "a value of a part": (
+        ["--model.moe.router.jitter", "3"],
+        ["error: model.moe.router.jitter: jitter must be in [0, 1)"],
+    ),
+    "a value of the model": (
+        ["--model.warmup_steps", "-1"],
+        ["error: model.warmup_steps: warmup_steps must be at least"],
+    ),
+    "a value of one of several losses": (
+        ["--model.losses", "[balance, {class_path: router_z, init_args: {weight: -2}}]"],
+        ["error: model.losses[1].weight: the weight of a loss must be a finite number >= 0; got -2.0"],
+    ),
+    "more choices than experts": (
+        ["--model.moe.router", "top_k", "--model.moe.router.k", "9"],
+        ["error: model.moe.router.k: k=9 choices of a token are impossible"],
+    ),
     "no text": (["--data.path", "no.txt"], ["no.txt"]),
     "a text without a name": (["--data.path", ""], ["data.path is an empty name"]),
     "a compressed text": (["--data.path", "text.txt.gz"], ["'text.txt.gz' is compressed by gzip: unpack it"]),
@@ -189,7 +203,7 @@ BUILDS = {
     "no decay": (["--model.optimizer.betas", "[0.9, 2]"], ["optimizer: Invalid beta parameter at index 1: 2.0"]),
     "a capacity beyond counting": (
         ["--model.moe.capacity.train", "1e30"],
-        ["train must be at most 2147483647; got 1e+30"],
+        ["error: model.moe.capacity.train: capacity factor train must be at most 2147483647; got 1e+30"],
     ),
     "sources without an encoder": (["--data", "SpanData"], ["data SpanData: its batches have a source", "TextData"]),
     "long windows": (["--data.context", "32"], ["data.context 32 is longer than model.net.context 16"]),
