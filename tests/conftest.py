@@ -28,7 +28,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         daily = item.get_closest_marker("daily")
-        if daily is not None and item.callspec.id not in daily.args:
+        if daily is None:
+            continue
+        name = item.callspec.id
+        if name in daily.kwargs.get("but", ()) if not daily.args else name not in daily.args:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -556,6 +556,7 @@ def test_a_saturated_router_is_a_fault_at_the_start_and_a_note_later():
     assert "trained weights" in later["equal experts"].evidence
 
 
+@pytest.mark.daily("options1-2-0.01-ok", "options4-2-0.01-fault", "options6-1-0.05-note")
 @pytest.mark.parametrize(
     ("options", "value", "each", "expected"),
     [
@@ -658,6 +659,7 @@ def test_too_little_to_compare(given, said):
         audit(module(), **given)
 
 
+@pytest.mark.daily("3")
 @pytest.mark.parametrize("context", [2, 3, 7])
 def test_short_sequences(context):
     assert not sees_future(audit(module(), context=context))

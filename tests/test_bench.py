@@ -77,6 +77,7 @@ def test_every_dispatcher_is_measured_against_dense(capsys: pytest.CaptureFixtur
     assert "sorted" in shown
 
 
+@pytest.mark.slow
 def test_json_to_the_output_is_all_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--shapes",
@@ -370,6 +371,7 @@ def test_on_a_device() -> None:
 # -- mistakes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.daily(but=["arguments9-expected the recipe of a decoder"])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

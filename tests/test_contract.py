@@ -177,6 +177,7 @@ class TestOutputsAndGradients:
     def test_finite_differences_agree(self, case: Case) -> None:
         properties.finite_differences_agree(case)
 
+    @pytest.mark.daily("switch-factor-sorted")
     @cases(Case(router="switch"), Case(k=2, capacity="dropless", dispatcher="padded"))
     def test_finite_differences_agree_entry_by_entry(self, case: Case) -> None:
         properties.finite_differences_agree(case, fast=False)

@@ -55,6 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
     """The first two blocks of Python in the tutorial, as files: the router, in 30 lines, and its test."""
     router, test, *_ = blocks(DOCS / "your_own_router.md")

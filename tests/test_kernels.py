@@ -137,6 +137,7 @@ def test_slots_that_do_not_exist_stay_within_the_rows() -> None:
     assert ((source >= 0) & (source < 4)).all()
 
 
+@pytest.mark.daily("switch-None-factor", "top_k-2-dropless", "relu-2-factor")
 @pytest.mark.parametrize("capacity", ["factor", "dropless"])
 @pytest.mark.parametrize(("router", "k"), [("switch", None), ("top_k", 2), ("relu", 2)])
 def test_the_layer_equals_the_loop(monkeypatch: pytest.MonkeyPatch, router: str, k: int | None, capacity: str) -> None:

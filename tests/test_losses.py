@@ -169,6 +169,7 @@ class TestEveryLoss:
         if cls is not Load:
             assert cls()([rich(experts_choose())]).isfinite()
 
+    @pytest.mark.daily("Balance", "Load", "RouterZ")
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
     def test_it_compiles_without_a_break(self, cls: type[Loss], unchecked: None) -> None:
         """As one graph: no branch on values, no wait for the device."""

@@ -77,6 +77,7 @@ def fit(folder: Path, *callbacks: L.Callback, resume: Path | None = None, **opti
     return model
 
 
+@pytest.mark.daily("3-True")
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_bias_follows_a_loop_over_micro_batches(tmp_path: Path, center: bool, accumulate: int) -> None:
@@ -136,6 +137,7 @@ def test_an_uneven_load_becomes_even(tmp_path: Path) -> None:
     assert (last.amax(-1) * 3 / last.sum(-1) < 2).all()
 
 
+@pytest.mark.daily("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_killed_run_resumes_bit_identical(tmp_path: Path, accumulate: int) -> None:
     options = {"accumulate_grad_batches": accumulate}

@@ -104,6 +104,9 @@ def test_a_file_saved_by_hand_is_there_at_once(tmp_path: Path, monkeypatch: pyte
     assert step_of(tmp_path / "mine.ckpt") == 5
 
 
+@pytest.mark.daily(
+    "3-7-None-3-validation every 7 batches falls into the middle of optimizer steps of 3, whose", "4-8-None-7-None"
+)
 @pytest.mark.parametrize(
     ("accumulate", "every", "epochs", "steps", "told"),
     [

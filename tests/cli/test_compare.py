@@ -306,6 +306,7 @@ BAD = {
 }
 
 
+@pytest.mark.daily(but=["no twin", "too small", "a part that does not fit"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_command_lines(small: Path, run, name: str) -> None:
     (small / "full").mkdir()

@@ -308,6 +308,7 @@ def test_an_evaluation_of_nothing_is_refused(run, command, part):
     assert f"trainer.limit_{part}_batches 0: {command} would read nothing" in error
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
     code, out, error = run("fit", "-c", "small.yaml", "--trainer.default_root_dir", "deep/down")
@@ -332,6 +333,7 @@ def test_a_metric_that_nobody_logs_is_one_line_with_those_that_are_there(run, na
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_weights_that_nobody_trained_are_told(run):
     code, _, error = run("validate", "-c", "small.yaml")

@@ -110,6 +110,7 @@ def test_each_prompt_has_draws_of_its_own(letters, run):
         assert generate(run, "--prompt", "abc", "--seed", str(seed)) == f"abc{line['text']}\n"
 
 
+@pytest.mark.slow
 def test_prompts_from_stdin_are_answered_one_by_one(letters, run, monkeypatch):
     stdin(monkeypatch, b"abc\n\xff\n")
     code, out, err = run("generate", "--ckpt_path", "letters.ckpt", "--prompt_file", "-", "--json")

@@ -180,6 +180,7 @@ def test_what_a_recipe_names_may_be_named_by_the_checkpoint(runs):
     assert router(found)["class_path"] == "mine.MyTopK"
 
 
+@pytest.mark.slow
 def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
     last = ["--plugins", "mine", "--trainer.default_root_dir", str(runs), "--ckpt_path", "last"]
     code, _, _ = run("fit", *last, "--trainer.max_steps", "3", "--trainer.accelerator", "cpu")

@@ -110,11 +110,13 @@ def test_nothing_fits(run):
     assert re.search(r"ddp: [\d.]+ MiB of 0.922 MiB: most is activations, [\d.]+ MiB", out)
 
 
+@pytest.mark.daily("labml")
 @pytest.mark.parametrize("name", ["t5_span", "labml"])
 def test_packaged_recipes(run, name):
     assert run("plan", "--config", name, "--gpus", "2")[0] == 0
 
 
+@pytest.mark.daily("soft")
 @pytest.mark.parametrize("name", ["hash", "base", "soft", "relu"])
 def test_every_router_can_be_counted(run, name):
     code, _, err = run(

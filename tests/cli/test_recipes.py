@@ -102,6 +102,7 @@ def test_the_packaged_recipes_are_read():
         assert read_config(path)
 
 
+@pytest.mark.daily("multi_device-1-layout0")
 @pytest.mark.parametrize(
     ("name", "nodes", "layout"), [("multi_device", 1, (1, 8, 8)), ("multi_device_2_nodes", 2, (2, 8, 8))]
 )

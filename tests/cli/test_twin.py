@@ -28,6 +28,7 @@ def settings(*argv: str) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if value is not None}
 
 
+@pytest.mark.slow
 def test_the_recipe_goes_to_stdout_and_the_table_to_stderr(run):
     code, out, err = run("describe", *SMALL, "--twin", "flops")
     assert code == 0
@@ -74,6 +75,7 @@ def test_fit_trains_it_as_it_is(run, match):
     assert sorted(path.name for path in Path().glob("*.yaml")) == ["dense.yaml", "more.yaml", "small.yaml"]
 
 
+@pytest.mark.daily("tiny_shakespeare")
 @pytest.mark.parametrize("name", ["tiny_shakespeare", "t5_span", "t5_translate"])
 def test_the_packaged_twins_are_those_that_it_writes(run, name):
     code, _, err = run("describe", "--config", name, "--twin", "flops", "--out", "dense.yaml")

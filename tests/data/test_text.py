@@ -212,6 +212,12 @@ def test_overfitting_repeats_the_same_batches(file: str) -> None:
 # Going on where a run stopped.
 
 
+@pytest.mark.daily(
+    "--",
+    "val_check_interval-check_val_every_n_epoch--estimated_stepping_batches",
+    "accumulate_grad_batches--",
+    "reload_dataloaders_every_n_epochs--",
+)
 @pytest.mark.parametrize("estimate", [False, True], ids=["", "estimated_stepping_batches"])
 @pytest.mark.parametrize(
     ("options", "stops"),

@@ -40,6 +40,7 @@ def steps(pupil: DistillModule, source) -> list[dict[str, torch.Tensor]]:
         return [pupil._learn(batch)[2] for batch in source.train_loader(rank=0, world_size=1)]
 
 
+@pytest.mark.daily("2.0-float16-0.005")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 5e-3)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_with_all_symbols_the_loss_is_the_live_teacher_s(tmp_path, dtype, tolerance, temperature):
@@ -141,6 +142,7 @@ def test_words_are_read_before_a_batch_moves(tmp_path, monkeypatch):
     trainer(tmp_path, steps=1).fit(plain, data(tmp_path, stride=8))
 
 
+@pytest.mark.slow
 def test_a_student_of_words_alone(tmp_path):
     """It begins with the non-expert weights, trains, and goes on bit for bit, where the checkpoint is gone."""
     taught = teacher(tmp_path)

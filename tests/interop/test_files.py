@@ -230,6 +230,7 @@ def fine_tuned(saved, tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> None:
     path = fine_tuned()

@@ -106,6 +106,7 @@ def in_one_place(name: str, world: int, to_one: bool) -> dict[str, torch.Tensor]
     return {"y": y.detach(), "x": x.grad, **{key: p.grad for key, p in own.named_parameters()}}
 
 
+@pytest.mark.daily("2-False")
 @pytest.mark.parametrize(("world", "to_one"), [(2, False), (4, False), (4, True)])
 def test_exchanged_layers_equal_whole_ones(world: int, to_one: bool) -> None:
     ranks = run(world, shared_out, to_one)

@@ -127,6 +127,7 @@ def faulty(rank: int, world: int, case: Case, fault: str) -> Observed:
     return as_rank(rank, world, case, partial(ExpertParallelStrategy, expert_parallel_size=2))
 
 
+@pytest.mark.daily("lost_gradient")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_that_leave_the_loss_alone_are_seen(fault: str) -> None:
     clip = 0.05 if "norm" in fault else None
