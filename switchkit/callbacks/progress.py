@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
+from switchkit.metrics.routing import RoutingMetrics, imbalance_of
 from switchkit.optim import last_step
 
 __all__ = ["TrainingBar"]
@@ -81,7 +82,7 @@ class TrainingBar(ProgressBar):
         if self._tokens:
             self._shown["tokens/s"] = f"{self._tokens / self._seconds:,.0f}"
         if found.get("stats") is not None and found["stats"]["load"].numel():
-            self._shown |= _routing(found["stats"])
+            self._shown |= _routing(found["stats"], _experts(pl_module, found["stats"]["load"]))
         self._update(trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,10 +162,15 @@ class _TwoLines(Progress):
                 yield Text.from_markup(task.fields["values"], overflow="ellipsis")
 
 
-def _routing(stats: dict[str, Tensor]) -> dict[str, str]:
-    load = stats["load"].float()
-    total = load.sum(-1)
-    worst = (load.amax(-1) * load.shape[-1] / total.clamp(min=1)).max()
-    dropped = (stats["dropped"] / total.clamp(min=1)).mean()
+def _experts(module: L.LightningModule, load: Tensor) -> list[int]:
+    """Of each layer of `load` [L, E]; those of a module that does not say have E each."""
+    metrics = getattr(module, "train_routing", None)
+    return metrics.num_experts if isinstance(metrics, RoutingMetrics) else [load.shape[1]] * load.shape[0]
+
+
+def _routing(stats: dict[str, Tensor], num_experts: Sequence[int]) -> dict[str, str]:
+    load = stats["load"]
+    worst = imbalance_of(load, num_experts).max()
+    dropped = (stats["dropped"] / load.sum(-1).clamp(min=1)).mean()
     imbalance, share = torch.stack([worst, dropped]).tolist()
     return {"imbalance": f"{imbalance:.2f}", "dropped": f"{100 * share:.1f}%"}

@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit import stats
 from switchkit.metrics.sums import Sums
 from switchkit.records import Routing
 
-__all__ = ["DroppedByPosition", "RoutingAgreement", "RoutingInformation", "RoutingMetrics", "step_stats"]
+__all__ = [
+    "DroppedByPosition",
+    "RoutingAgreement",
+    "RoutingInformation",
+    "RoutingMetrics",
+    "imbalance_of",
+    "step_stats",
+]
 
 
 class RoutingMetrics(Sums):
@@ -66,9 +73,8 @@ class RoutingMetrics(Sums):
     def compute(self) -> dict[str, Tensor]:
         total = self.load.sum(-1)
         share = self.load / total.clamp(min=1).unsqueeze(-1)
-        # Layers with fewer experts than the widest have columns that stay 0 and stand for no expert.
         experts = torch.tensor(self.num_experts, dtype=torch.long, device=total.device)
-        imbalance = share.amax(-1) * experts if self.load.numel() else total.float()
+        imbalance = imbalance_of(self.load, self.num_experts)
         found = {
             "load": share,
             "imbalance": imbalance,
@@ -230,6 +236,18 @@ def step_stats(
             entropy, confidence = zip(*(stats.scores(r) for r in routings), strict=True)
             found |= {"entropy": torch.stack(entropy), "confidence": torch.stack(confidence)}
         return found
+
+
+def imbalance_of(load: Int[Tensor, "L E"], num_experts: Sequence[int]) -> Float[Tensor, "L"]:
+    """Largest over mean load of each layer, 0 where nothing was chosen.
+
+    Layers with fewer experts than the widest have columns that stay 0 and stand for no expert: `num_experts` says how
+    many each has.
+    """
+    total = load.sum(-1)
+    if not load.numel():
+        return total.float()
+    return load.amax(-1) / total.clamp(min=1) * torch.tensor(num_experts, device=load.device)
 
 
 def _stack(loads: list[Tensor]) -> Tensor:

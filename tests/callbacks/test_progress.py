@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import lightning as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from rich.console import Console
-from small import data, module, trainer
+from small import NET, data, module, trainer
 
+from switchkit import Decoder
 from switchkit.callbacks import TrainingBar
 
 
@@ -39,6 +41,34 @@ def test_bar_shows_loss_bits_speed_imbalance_and_drops(tmp_path: Path) -> None:
         assert re.search(value, text), value
     assert re.search(r"training .* 14/14 .*\d:\d\d:\d\d", text)
     assert "…" not in text  # all of it finds room in 80 columns
+
+
+class Uneven(Decoder):
+    """Its last layer has twelve experts where the others have three."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.blocks[-1].mlp = given["moe"](d_model=16, num_experts=12, d_ff=24)
+
+
+class Last(L.Callback):
+    """What the last step returned."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any) -> None:
+        self.loss, self.stats = float(outputs["loss"]), outputs["stats"]
+
+
+def test_the_values_are_those_of_the_step(tmp_path: Path) -> None:
+    """The worst layer is the one of the largest load over the mean of its own experts, however many others have."""
+    bar, last, source = TrainingBar(refresh_rate=1), Last(), data(tmp_path)
+    model = module(source, net=partial(Uneven, **NET.keywords))
+    trainer(tmp_path, bar, last, steps=2, enable_progress_bar=True).fit(model, source)
+    loads = [load[:count].tolist() for load, count in zip(last.stats["load"], (3, 12), strict=True)]
+    lost = [int(dropped) / sum(load) for load, dropped in zip(loads, last.stats["dropped"], strict=True)]
+    assert bar._shown["imbalance"] == f"{max(max(load) * len(load) / sum(load) for load in loads):.2f}"
+    assert bar._shown["dropped"] == f"{100 * sum(lost) / 2:.1f}%"
+    assert sum(lost) > 0
+    assert bar._shown["loss"] == f"{last.loss:.3f}"
 
 
 @pytest.mark.slow
