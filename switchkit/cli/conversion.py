@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchkit.cli.checkpoint import checkpoint_path
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, new_file
 from switchkit.cli.plugins import bring_in, split_plugins
@@ -44,9 +45,7 @@ class Conversion:
         from switchkit import checkpoints
         from switchkit.interop.files import open_checkpoint
 
-        path = Path(options.checkpoint).expanduser()
-        if options.checkpoint == "last":
-            path = checkpoints.last(Path(options.default_root_dir).expanduser())
+        path = checkpoint_path(options.checkpoint, options.default_root_dir, "")
         if (path / "config.json").is_file():
             raise UserError(
                 f"{path} is a folder of Hugging Face's: make a checkpoint of it first, with switchkit import-hf "

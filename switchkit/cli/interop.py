@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from switchkit.cli.checkpoint import checkpoint_path
 from switchkit.cli.conversion import say
 from switchkit.cli.options import OptionParser, new_file, positive
 from switchkit.cli.plugins import bring_in, split_plugins
@@ -71,15 +72,11 @@ def _export(command: str, argv: Sequence[str]) -> int:
     options = parser.parse(rest)
     bring_in(plugins)
 
-    from switchkit import checkpoints
     from switchkit.interop.documents import read_object
     from switchkit.interop.exporting import export_hf
     from switchkit.interop.files import open_stored
 
-    path = Path(options.checkpoint).expanduser()
-    if options.checkpoint == "last":
-        path = checkpoints.last(Path(options.default_root_dir))
-    module, read = open_stored(path)
+    module, read = open_stored(checkpoint_path(options.checkpoint, options.default_root_dir, ""))
     like = None if options.like is None else read_object(Path(options.like).expanduser() / "config.json")
     family = export_hf(
         module, options.out, family=options.family, like=like, shard_size=options.max_shard_size, read=read

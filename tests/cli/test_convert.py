@@ -125,6 +125,20 @@ def test_without_scipy_the_package_and_another_way_are_named(folder: Path, run, 
     assert "pip install 'switchkit[base]'" in error.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("mad.ckpt", "mad.ckpt: there is no such file. Did you mean 'made.ckpt'? Give last for the newest below runs"),
+        ("https://a.b/c.ckpt", "https://a.b/c.ckpt: download the checkpoint first"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there(folder: Path, run, given: str, told: str) -> None:
+    (folder / "made.ckpt").touch()
+    code, _, error = run("prune", given, "--keep", "2", "--out", "other.ckpt")
+    assert code == 2
+    assert told in error
+
+
 def test_a_folder_of_hugging_face_is_to_be_imported_first(folder: Path, run) -> None:
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")

@@ -79,7 +79,9 @@ def test_half_precision_goes_through_a_checkpoint(tmp_path) -> None:
         ),
         (["import-hf", "x", "--ouf", "n.ckpt"], "the following arguments are required: --out"),
         (["export-hf", "there.ckpt", "--out", "m"], "checkpoint there.ckpt (0 bytes) is truncated or damaged"),
-        (["export-hf", "no.ckpt", "--out", "m"], "there is no checkpoint no.ckpt"),
+        (["export-hf", "ther.ckpt", "--out", "m"], "ther.ckpt: there is no such file. Did you mean 'there.ckpt'?"),
+        (["export-hf", "https://a.b/c.ckpt", "--out", "m"], "https://a.b/c.ckpt: download the checkpoint first"),
+        (["export-hf", "last", "--default_root_dir", "~/r", "--out", "m"], "no checkpoint below HOME/r"),
         (["export-hf", "last", "--out", "m"], "no checkpoint below runs"),
         (
             ["export-hf", "no.ckpt", "--out", "m", "--max_shard_size", "5 apples"],
@@ -89,6 +91,7 @@ def test_half_precision_goes_through_a_checkpoint(tmp_path) -> None:
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, argv: list[str], told: str) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "HOME")
     (tmp_path / "there.ckpt").touch()
     code, error = run(capsys, *argv)
     assert code == 2
