@@ -15,6 +15,7 @@ from switchkit import Balance, Decoder, EncoderDecoder, Factor, Linear, MoELayer
 from switchkit.attention import Attention, LatentAttention
 from switchkit.layers import FeedForward
 from switchkit.models import Cache, Output, sparse_layers
+from switchkit.models.base import evaluating
 from switchkit.models.inputs import check_inputs
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
@@ -343,6 +344,20 @@ def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bo
     check_inputs(EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[], start_id=1), pairs)
     # A subclass may make other batches.
     check_inputs(own, type("Mine", (type("Text", (), {"have_sources": True}),), {"context": 5})())
+
+
+@pytest.mark.parametrize("frozen", [(), ("blocks.0",), ("",), ("blocks.0", "")])
+def test_every_part_is_in_its_own_mode_after_an_evaluation(frozen: tuple[str, ...]) -> None:
+    """A part alone, the model alone or all of it may be in evaluation mode before; and it may break off."""
+    net = decoder().train()
+    for name in frozen:
+        net.get_submodule(name).training = False
+    modes = [part.training for part in net.modules()]
+    for error in (nullcontext(), pytest.raises(ZeroDivisionError)):
+        with error, evaluating(net):
+            assert not any(part.training for part in net.modules())
+            assert isinstance(error, nullcontext) or 1 / 0
+        assert [part.training for part in net.modules()] == modes
 
 
 @pytest.mark.parametrize("net", [Decoder, partial(EncoderDecoder, encoder_layers=2)])

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
 
 __all__ = ["Mark", "Recorder", "Show"]
@@ -145,18 +146,14 @@ def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     """
     if not isinstance(module, LanguageModule):
         raise ValueError(f"a comparison needs LanguageModules; got a {type(module).__name__}")
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
     most = limit if isinstance(limit, int) else None if limit == 1 else max(1, int(limit * len(loader)))
-    with torch.no_grad(), trainer.precision_plugin.val_step_context():
+    with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
         for index, batch in enumerate(islice(loader, most)):
             module.validation_step(trainer.strategy.batch_to_device(batch), index)
     found = float(module.evaluation.compute()["loss"])
     module.evaluation.reset()
-    for part, mode in modes:
-        part.training = mode
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchkit.metrics import cross_entropy
 from switchkit.models import EncoderDecoder
+from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
 
 __all__ = ["Change", "change"]
@@ -45,9 +46,6 @@ def change(before: LanguageModule, after: LanguageModule, *, sequences: int = 4,
 
 
 def _logits(net: nn.Module, tokens: Int[Tensor, "B S"], source: Mapping[str, Tensor]) -> Tensor:
-    was_training = net.training
-    try:
-        found: Tensor = net.eval()(tokens, **source).logits
-    finally:
-        net.train(was_training)
+    with evaluating(net):
+        found: Tensor = net(tokens, **source).logits
     return found

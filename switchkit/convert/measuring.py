@@ -12,6 +12,7 @@ from torch import Tensor
 
 from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
+from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
 from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights
 
@@ -75,18 +76,16 @@ def measure(module: LanguageModule, batches: Iterable[Mapping[str, Tensor]], *, 
     """Run a model over batches in evaluation, on its own device, and add up its records.
 
     Args:
-        module: stays as it is, and in the mode that it is in.
+        module: stays as it is, every part in the mode that it is in.
         batches: as `LanguageModule` takes them; a data loader.
         limit: batches to read; null: all.
 
     Raises:
         ValueError: no batch, or none with a real token.
     """
-    was_training = module.training
-    module.eval()
     sums: list[list[Tensor]] = []
     nats, counted = 0.0, 0
-    try:
+    with evaluating(module):
         for batch in islice(batches, limit):
             given = {name: tensor.to(module.device) for name, tensor in batch.items()}
             source = {name: given[name] for name in ("source", "source_valid") if name in given}
@@ -99,8 +98,6 @@ def measure(module: LanguageModule, batches: Iterable[Mapping[str, Tensor]], *, 
                 if not sums
                 else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
             )
-    finally:
-        module.train(was_training)
     if not counted:
         raise ValueError("nothing to measure: the data gave no batch with a real token")
     layers = (_use(name, *found) for name, found in zip(module.sparse_layers, sums, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkit.metrics import cross_entropy
+from switchkit.models.base import evaluating
 
 __all__ = ["Evaluated", "evaluate"]
 
@@ -31,7 +32,7 @@ class Evaluated:
 
 @torch.inference_mode()
 def evaluate(net: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Evaluated:
-    """`net` as it is in evaluation mode, on the device it is on; its mode is put back after.
+    """`net` as it is in evaluation mode, on the device it is on; every part's mode is put back after.
 
     The time is that of the model alone. The first batch is run once more before, so that caches are filled.
 
@@ -40,24 +41,23 @@ def evaluate(net: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Evaluat
     """
     weights = next(net.parameters())
     device = weights.device
-    was, total, tokens, seconds, warm = net.training, 0.0, 0, 0.0, False
-    net.eval()
+    total, tokens, seconds, warm = 0.0, 0, 0.0, False
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for batch in batches:
-        here = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        inputs = {name: here[name] for name in ("source", "source_valid") if name in here}
-        if not warm:
-            net(here["tokens"], here.get("valid"), **inputs)
-            warm = True
-        _settle(device)
-        start = time.perf_counter()
-        logits = net(here["tokens"], here.get("valid"), **inputs).logits
-        _settle(device)
-        seconds += time.perf_counter() - start
-        nats, count = cross_entropy(logits, here["targets"], here.get("valid"))
-        total, tokens = total + float(nats), tokens + int(count)
-    net.train(was)
+    with evaluating(net):
+        for batch in batches:
+            here = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            inputs = {name: here[name] for name in ("source", "source_valid") if name in here}
+            if not warm:
+                net(here["tokens"], here.get("valid"), **inputs)
+                warm = True
+            _settle(device)
+            start = time.perf_counter()
+            logits = net(here["tokens"], here.get("valid"), **inputs).logits
+            _settle(device)
+            seconds += time.perf_counter() - start
+            nats, count = cross_entropy(logits, here["targets"], here.get("valid"))
+            total, tokens = total + float(nats), tokens + int(count)
     if not tokens:
         raise ValueError("there is no held-out token to evaluate on")
     return Evaluated(

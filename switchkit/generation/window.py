@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.models import Cache
+from switchkit.models.base import Cache, evaluating
 
 __all__ = ["Window", "pad_left"]
 
@@ -85,7 +84,7 @@ class Window:
             given |= {"source": self.source, "source_valid": self.source_valid}
         if self.valid is not None:
             given["valid"] = self.valid[:, self.cached :]
-        with torch.inference_mode(), _evaluation(self.net, self._parts):
+        with torch.inference_mode(), evaluating(self.net, self._parts):
             out = self.net(self.tokens[:, self.cached :], **given)
         if self.caches:
             self.cache, self.cached = out.cache, self.tokens.shape[1]
@@ -144,22 +143,3 @@ def _check(name: str, tokens: Tensor | None, valid: Tensor | None) -> None:
     if name == "prompt" and not bool(valid[:, -1].all()):
         row = int((~valid[:, -1]).nonzero()[0])
         raise ValueError(f"row {row} of the prompt ends in padding: pad on the left (switchkit.generation.pad_left)")
-
-
-@contextmanager
-def _evaluation(net: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; every part is then as it was, one that trains beside one that does not included."""
-    trained = [part for part in parts if part.training]
-    if not trained:
-        yield
-        return
-    whole = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(whole)
-        if len(trained) < len(parts):
-            before = set(map(id, trained))
-            for part in parts:
-                part.training = id(part) in before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ __all__ = [
     "check_cache",
     "check_sizes",
     "dense_layer",
+    "evaluating",
     "every",
     "last",
     "layer_widths",
@@ -158,6 +160,30 @@ def leak(part: nn.Module) -> str | None:
 def uncacheable(part: nn.Module) -> str | None:
     """Why these layers would decide otherwise on tokens given one at a time; None: they would not."""
     return next((layer.uncacheable for layer in _sparse(part) if layer.uncacheable), None)
+
+
+@contextmanager
+def evaluating(net: nn.Module, parts: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Evaluation mode; after it, error or not, every part is as it was, one that trains beside one that does not
+    included.
+
+    `parts` are those of `net`, itself included, where they were gathered before: null: they are now.
+    """
+    parts = list(net.modules()) if parts is None else parts
+    trained = [part for part in parts if part.training]
+    if not trained:
+        yield
+        return
+    whole = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(whole)
+        if len(trained) < len(parts):
+            before = set(map(id, trained))
+            for part in parts:
+                part.training = id(part) in before
 
 
 def check_cache(uncacheable: str | None) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from switchkit import Decoder, EncoderDecoder, Factor, Hash, LanguageModule, MoELayer, Switch, TopK
+from switchkit.convert.comparing import change
 from switchkit.convert.measuring import assumed, measure
 
 V = 11
@@ -90,9 +91,14 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
 
 
 def test_the_model_stays_as_it_was() -> None:
+    """A block that is frozen in evaluation mode stays there, too."""
     module = decoder(partial(Switch, jitter=0.5)).train()
+    module.net.blocks[0].eval()
+    modes = [part.training for part in module.modules()]
     first, second = (measure(module, batch) for batch in [batches()[:1]] * 2)
-    assert module.training
+    assert [part.training for part in module.modules()] == modes
+    assert change(module, module).logits == 0
+    assert [part.training for part in module.modules()] == modes
     assert all(parameter.grad is None for parameter in module.parameters())
     assert first.loss == second.loss
 

@@ -50,6 +50,19 @@ def test_evaluation_of_an_encoder_decoder(tmp_path: Path) -> None:
     assert found.tokens == tokens
 
 
+def test_every_part_stays_in_its_mode(tmp_path: Path) -> None:
+    source = data(tmp_path)
+    net = module(source).net.train()
+    net.blocks[0].eval()
+    modes = [part.training for part in net.modules()]
+    batches = list(source.evaluation_loader(None))
+    evaluate(net, batches)
+    assert [part.training for part in net.modules()] == modes
+    with pytest.raises(KeyError, match="targets"):
+        evaluate(net, [{"tokens": batches[0]["tokens"]}])
+    assert [part.training for part in net.modules()] == modes
+
+
 def test_nothing_to_evaluate_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no held-out token"):
         evaluate(teacher(tmp_path).net, [])
