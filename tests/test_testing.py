@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,8 @@ from switchkit.testing import (
     run_router,
 )
 from switchkit.testing.cases import Case
-from switchkit.testing.kit import Result, results_of
+from switchkit.testing.kit import ASKED, Result, results_of
+from switchkit.testing.properties import PROPERTIES
 
 JITTER = (Router, Switch, {"jitter": 0.3})
 SWITCH, TOP_K = (Router, Switch, {}), (Router, TopK, {})
@@ -384,6 +386,16 @@ def test_what_cannot_be_asked() -> None:
         check_router(Mlp)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="skip names no property: no_such"):
         check_router(Switch, skip=("no_such",))
+    for name in ("LossCase", "layers_start_different"):
+        with pytest.raises(ValueError, match=f"skip names no property: {name}; there are accounts_balance, "):
+            check_loss(Balance, skip=(name,))
+
+
+def test_every_property_is_asked_of_some_part() -> None:
+    parts = [Router, CapacityPolicy, Experts, Dispatcher], [Switch, Factor, Mlp, Sorted]
+    kinds = [*zip(*parts, strict=True), (Loss, Balance), (Loss, RouterZ)]
+    asked = {question.name for base, cls in kinds for question in ASKED[base](cls, {}, nullcontext)}
+    assert asked == set(PROPERTIES)
 
 
 def test_the_callers_random_numbers_stay() -> None:

@@ -251,9 +251,9 @@ def results_of(
     base: type, cls: type, options: Mapping[str, Any], skip: Sequence[str], around: Around = nullcontext
 ) -> Iterator[Result]:
     """The properties of a part one by one, each when it is asked for."""
-    unknown = set(skip) - set(p.__all__)
+    unknown = set(skip) - set(p.PROPERTIES)
     if unknown:
-        raise ValueError(f"skip names no property: {', '.join(sorted(unknown))}; there are {', '.join(p.__all__)}")
+        raise ValueError(f"skip names no property: {', '.join(sorted(unknown))}; there are {', '.join(p.PROPERTIES)}")
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"expected a subclass of {base.__name__}; got {cls!r}")
     start = time.perf_counter()

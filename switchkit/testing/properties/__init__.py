@@ -55,6 +55,7 @@ from switchkit.testing.properties.terms import (
 )
 
 __all__ = [
+    "PROPERTIES",
     "LossCase",
     "accounts_balance",
     "balance_is_one_when_uniform",
@@ -97,3 +98,6 @@ __all__ = [
     "the_future_changes_nothing",
     "z_loss_has_its_closed_form",
 ]
+
+PROPERTIES = tuple(name for name in __all__ if name not in ("PROPERTIES", "LossCase", "layers_start_different"))
+"""The names of those that the kit asks of parts: not of the one that is about a model."""
