@@ -161,7 +161,8 @@ def spans(routing: Routing, per: Per) -> tuple[int, int]:
     """How many rows `per` cuts the flat tokens into, and the tokens of each; padding may follow the last one.
 
     Raises:
-        ValueError: sequences, of a record that no layer has filled in and whose groups do not tile the batch.
+        ValueError: sequences, of a record that no layer has filled in, of groups that are neither one each nor the
+            batch: their last one may be filled up.
     """
     groups, size = routing.valid.shape
     if per == "batch":
@@ -171,10 +172,10 @@ def spans(routing: Routing, per: Per) -> tuple[int, int]:
     if routing.length is not None:
         return routing.batch, routing.length
     batch = routing.batch or groups
-    if batch and groups * size % batch:
+    if groups != batch and (groups != 1 or size % batch):
         raise ValueError(
-            f"{groups} groups of {size} tokens do not tile a batch of {batch} sequences, so that none can be told "
-            "apart: give the record their length, as MoELayer does"
+            f"{batch} sequences are routed in {groups} groups of {size} tokens, which do not tell them apart: give the "
+            "length of a sequence, which MoELayer writes into the record"
         )
     return batch, groups * size // max(batch, 1)
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchkit.records import Routing, asked_expert, experts_of, kept_ones, load
+from switchkit.records import Routing, asked_expert, experts_of, kept_ones, load, spans
 
 __all__ = [
     "bad_tokens",
@@ -71,13 +71,7 @@ def sequence_length(routing: Routing) -> int:
     Raises:
         ValueError: a record that no layer has filled in, of groups that are neither a sequence each nor the batch.
     """
-    if routing.length is not None:
-        return routing.length
-    groups, size = routing.valid.shape
-    batch = routing.batch or groups
-    if groups not in (1, batch):
-        raise ValueError(f"{batch} sequences are routed in {groups} groups: give the length of a sequence")
-    return size if groups == batch else size // batch
+    return spans(routing, "sequence")[1]
 
 
 def position(routing: Routing, length: int) -> Int[Tensor, "G S"]:

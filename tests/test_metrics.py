@@ -265,7 +265,7 @@ def test_arrival_drops_late_tokens_only() -> None:
         (lambda: DroppedByPosition(LAYERS, 6).update(batch("sequence")), "of 7 tokens are longer than context=6"),
         (
             lambda: DroppedByPosition(LAYERS, 9).update([replace(r, length=None) for r in batch(5)]),
-            "4 sequences are routed in 6 groups: give the length",
+            "4 sequences are routed in 6 groups of 5 tokens",
         ),
         (lambda: DroppedByPosition(1, 9).update(batch("batch")), "2 sparse layers; this metric was made for 1"),
         (

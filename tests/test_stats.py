@@ -95,7 +95,7 @@ def test_position_counts_within_the_sequence(group: str | int) -> None:
     assert stats.sequence_length(routing) == 7
     routing = replace(routing, length=None)
     if group == 4:
-        with pytest.raises(ValueError, match="3 sequences are routed in 6 groups: give the length"):
+        with pytest.raises(ValueError, match="3 sequences are routed in 6 groups of 4 tokens"):
             stats.sequence_length(routing)
     else:
         assert stats.sequence_length(routing) == 7
