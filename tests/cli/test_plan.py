@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,17 +79,34 @@ def test_the_fastest_has_all_that_was_asked_for(run):
 
 
 @pytest.mark.slow
-def test_the_fastest_trains(run):
-    """Its options are those of `fit`."""
-    code, out, _ = run("plan", *SMALL, "--gpus", "1", "--activation_checkpointing", "on", "--all")
-    assert code == 0
-    code, out, _ = run("plan", *SMALL, "--gpus", "4", "--json")
-    one = next(each for each in json.loads(out)["fits"] if each["expert_parallel_size"] == 4)
-    assert one["data_parallel_replicate"] == 1
-    strategy = ["--trainer.strategy.class_path", "switchkit.parallel.ExpertParallelStrategy"]
-    sizes = ["--trainer.strategy.expert_parallel_size", "1", "--trainer.strategy.data_parallel_replicate", "1"]
-    code, _, err = run("fit", *SMALL, "--trainer.devices", "1", *strategy, *sizes, "--print_config")
+@pytest.mark.parametrize(
+    ("gpus", "memory", "sizes"),
+    [
+        (1, "1.0", None),
+        (4, "0.00009", {"expert_parallel_size": 2, "data_parallel_replicate": 2, "activation_checkpointing": True}),
+    ],
+)
+def test_the_fastest_trains(run, gpus, memory, sizes):
+    """Its options are those of `fit`; where copies of the whole model have no room, they have a strategy's own."""
+    Path("gpu.yaml").write_text(GPU.replace("0.001", memory))
+    asked = ["--precision", "bf16-true", "--batch_size", "2", "--context", "8", "--accumulate", "3"]
+    argv = ["--gpus", str(gpus), "--gpu", "gpu.yaml", "--activation_checkpointing", "on", *asked]
+    code, out, err = run("plan", *SMALL, *argv)
     assert code == 0, err
+    words = shlex.split(out.splitlines()[-1].partition("the fastest: ")[2])
+    code, out, err = run("fit", *SMALL, *words, "--print_config")
+    assert code == 0, err
+    made = yaml.safe_load(out)
+    trainer = made["trainer"]
+    assert (trainer["num_nodes"], trainer["devices"], trainer["precision"]) == (1, gpus, "bf16-true")
+    assert trainer["accumulate_grad_batches"] == 3
+    assert (made["data"]["init_args"]["batch_size"], made["data"]["init_args"]["context"]) == (2, 8)
+    strategy = trainer["strategy"]
+    if sizes is None:
+        assert strategy == "ddp"
+    else:
+        assert strategy["class_path"].endswith(".ExpertParallelStrategy")
+        assert sizes.items() <= strategy["init_args"].items()
 
 
 def test_a_model_of_any_size_is_counted(run):

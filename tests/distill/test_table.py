@@ -26,6 +26,7 @@ def test_evaluation_is_that_of_validate(tmp_path: Path) -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == 4 * found.parameters
     assert found.tokens_per_second > 0
+    assert found.peak is None  # on a CPU
     assert model.net.training
 
 
@@ -86,10 +87,17 @@ def test_rows() -> None:
     assert "one seed of student" in rows[2].to_dict()["note"]
 
 
+def test_the_peak_of_a_row_is_that_of_its_worst_seed() -> None:
+    first, second = figures(1.5, 1.6)
+    seeds = [replace(first, peak=3), replace(second, peak=7), first]
+    rows = table_rows([first], seeds, {"x": [first, second]})
+    assert [row.peak for row in rows] == [None, 7, None]
+    assert rows[1].to_dict()["peak_bytes"] == 7
+
+
 def test_rows_of_several_sizes_are_refused() -> None:
     mixed = [*figures(1.5), *figures(1.5, parameters=7)]
     with pytest.raises(ValueError, match="x: the seeds of one row are models of one size, and these have 7 and 100"):
         table_rows(figures(1.6), figures(1.4), {"x": mixed})
     with pytest.raises(ValueError, match="dense: there is no checkpoint"):
         table_rows([], figures(1.4), {})
-    assert replace(figures(1.0)[0], peak=3).peak == 3
