@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from switchkit import checkpoints
 from switchkit.cli.errors import one_line
@@ -93,6 +94,9 @@ def train(
 def _fit(cli: Any, recorder: Recorder, place: Path) -> None:
     trainer = cli.trainer
     trainer.callbacks = [recorder, *trainer.callbacks, Mark(recorder)]
+    if not Path(trainer.log_dir).resolve().is_relative_to(place.resolve()):
+        # Checkpoints lie in the folder of the first logger, and are looked for in the run's.
+        trainer.loggers = [CSVLogger(place, name=""), *trainer.loggers]
     try:
         path = checkpoints.last(place)
     except ValueError:

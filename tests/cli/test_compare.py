@@ -193,6 +193,22 @@ def test_an_interrupted_comparison_ends_with_the_very_rows(small: Path, run) -> 
 
 
 @pytest.mark.slow
+def test_a_run_with_a_logger_of_its_own_goes_on_too(small: Path, run) -> None:
+    logger = "{class_path: CSVLogger, init_args: {save_dir: mine, version: one}}"
+    argv = ("compare", "both.yaml", *EVERY, "--trainer.callbacks+", SAVES, "--trainer.logger", logger, "--seeds", "1")
+    argv = (*argv, "--trainer.log_every_n_steps", "1")
+    (small / "end.txt").write_text("dense/seed0 kill")
+    with pytest.raises(BaseException, match="^$"):
+        run(*argv, "--out", "out")
+    (saved,) = small.rglob("last.ckpt")
+    assert saved.is_relative_to(small / "out/runs/dense/seed0")
+    assert run(*argv, "--out", "out")[0] == 0
+    second = rows(small / "out/runs/dense/seed0/version_1/metrics.csv")
+    assert min(int(row["step"]) for row in second) == 3
+    assert list((small / "mine").rglob("metrics.csv"))
+
+
+@pytest.mark.slow
 def test_runs_of_a_seed_read_the_same_batches(small: Path) -> None:
     batches = {}
     for entry in define(["both.yaml"]).entries:
