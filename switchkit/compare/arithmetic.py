@@ -94,15 +94,16 @@ def _within(t: float, freedom: int) -> float:
 def reached(positions: Sequence[float], losses: Sequence[float], target: float) -> float | None:
     """Where a curve first comes down to `target`, on straight lines between its points; None: nowhere.
 
-    A curve that begins at or below the target reached it by its first point, which is then the answer.
+    A curve that begins at or below the target reached it by its first point, which is then the answer. Points whose
+    loss is no finite number are left out.
     """
-    for index, loss in enumerate(losses):
+    points = [point for point in zip(positions, losses, strict=True) if math.isfinite(point[1])]
+    for index, (position, loss) in enumerate(points):
         if loss <= target:
             if index == 0:
-                return positions[0]
-            before = losses[index - 1]
-            share = (before - target) / (before - loss)
-            return positions[index - 1] + share * (positions[index] - positions[index - 1])
+                return position
+            last, before = points[index - 1]
+            return last + (before - target) / (before - loss) * (position - last)
     return None
 
 

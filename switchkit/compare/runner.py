@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from switchkit.compare.plan import Model, cli_of
 from switchkit.compare.quiet import quiet
 from switchkit.compare.recorder import Mark, Recorder, Show
 from switchkit.report.tables import device_name
+from switchkit.step import NonFiniteError
 
 __all__ = ["seconds_per_step", "train"]
 
@@ -61,7 +63,7 @@ def train(
             cli = cli_of(folder.recipe(name), steps, seed, place, seeded)
             known["device"] = device_name(cli.trainer.strategy.root_device)
             _fit(cli, recorder, place)
-            found = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+            found = _last_evaluation(cli)
         status, reason = "finished", ""
     except OSError:
         raise  # a full disk is none of the run's doing
@@ -109,6 +111,19 @@ def _fit(cli: Any, recorder: Recorder, place: Path) -> None:
             cli.model.load_state_dict(content["state_dict"])
             return
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path, weights_only=True)
+
+
+def _last_evaluation(cli: Any) -> Mapping[str, float]:
+    """What the last weights make of the whole held-out text.
+
+    Raises:
+        NonFiniteError: the loss is no number. No step after the last one would have noticed.
+    """
+    found: Mapping[str, float] = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+    loss = found["val/loss"]
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"non-finite held-out loss {loss} after the last step. Lower the learning rate")
+    return found
 
 
 def seconds_per_step(recipe: Path, seeded: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -54,7 +55,7 @@ class Pair:
 
 
 def speed_ups(results: Sequence[Result], twin: str) -> dict[tuple[str, int], SpeedUp]:
-    """Of every finished run whose twin of the same seed finished.
+    """Of every finished run whose twin of the same seed finished, with a curve that ends in a number.
 
     The target is the last held-out loss of the twin's curve. What each of them needed is where its curve first came
     down to it: a twin that overfits was there before its end. The curves are of the same held-out tokens.
@@ -66,6 +67,8 @@ def speed_ups(results: Sequence[Result], twin: str) -> dict[tuple[str, int], Spe
             continue
         own = twins[result.seed]
         target = own.points[-1]["held_out_loss"]
+        if not math.isfinite(target):
+            continue
         factors = {}
         for key in ("step", "seconds"):
             needed, here = _first(own, key, target), _first(result, key, target)

@@ -94,6 +94,12 @@ def test_the_first_time_counts() -> None:
     assert reached([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0], 2.5) == 1.75
 
 
+def test_points_without_a_number_are_left_out() -> None:
+    assert reached([1, 2, 3], [3.0, math.nan, 1.0], 2.0) == 2
+    assert reached([1, 2], [math.inf, 1.0], 2.0) == 2
+    assert reached([1], [math.nan], 2.0) is None
+
+
 @given(st.lists(st.floats(0.1, 9), min_size=2, max_size=9), st.floats(0.1, 9))
 def test_where_a_curve_reaches_its_target_it_has_it(losses: list[float], target: float) -> None:
     positions = [float(i) for i in range(len(losses))]

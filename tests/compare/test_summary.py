@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def test_a_copy_of_a_twin_that_overfits_is_as_fast_as_it() -> None:
     losses = [3.0, 2.0, 1.5, 1.6, 2.0]
     found = speed_ups([result("dense", 0, losses), result("copy", 0, losses)], "dense")
     assert (found["copy", 0].steps, found["copy", 0].seconds) == (1, 1)
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf])
+def test_a_twin_whose_curve_ends_in_no_number_is_no_target(last: float) -> None:
+    assert not speed_ups([result("dense", 0, [3.0, last], loss=2.0), result("moe", 0, [2.0, 1.5])], "dense")
 
 
 def test_each_seed_has_its_own_target() -> None:
