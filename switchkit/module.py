@@ -47,10 +47,12 @@ class LanguageModule(L.LightningModule):
     The loss is ``cross_entropy + sum(term.weight * term(routings))``; over micro-batches and devices it is the mean of
     theirs, weighted by real targets, whatever padding each holds (see `switchkit.step`). Weight decay spares norms,
     biases, embeddings and routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine to
-    `final_lr` of its peak at the trainer's last step (or stays). `training_step` returns ``{"loss", "stats"}``: of this
-    device's micro-batch detached tensors `load` [L, E], `dropped` [L] (both in assignments), `tokens` [L] (real ones),
-    `bad_tokens` [L] (tokens a router could not score),
-    which callbacks read.
+    `final_lr` of its peak at the trainer's last step (or stays).
+
+    `training_step` returns `loss`, which is minimised and holds what this micro-batch weighs in its step, and for
+    callbacks, detached and of this device's micro-batch alone: `own_loss`, a mean over its `targets`, and `stats`:
+    `load` [L, E], `dropped` [L] (both in assignments), `tokens` [L] (real ones), `bad_tokens` [L] (which a router could
+    not score).
 
     Args:
         net: builds the model, called with `vocab_size=, moe=`; null: `Decoder` with its defaults.
@@ -183,7 +185,7 @@ class LanguageModule(L.LightningModule):
         weights = self._step.add(micro, values)
         if weights is not None:
             loss = weights[0] * learned + weights[1] * routing
-        return {"loss": loss, "stats": found}
+        return {"loss": loss, "own_loss": values["loss"].detach(), "targets": targets, "stats": found}
 
     def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
         """The model on a batch, what is minimised beside the terms on its records, and what of it is logged.

@@ -83,6 +83,14 @@ class KillAt(L.Callback):
             raise KeyError("killed")
 
 
+class Pads(L.Callback):
+    """Marks all but the first token of every row as padding, in every other batch."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        real = torch.arange(batch["tokens"].shape[1]) < (1 if batch_idx % 2 == 0 else 99)
+        batch["valid"] = real.expand_as(batch["tokens"])
+
+
 def fit(folder: Path, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.LightningModule:
     """A run below the folder, or what goes on from its last checkpoint."""
     source = data(folder)

@@ -77,8 +77,9 @@ class TrainingBar(ProgressBar):
         self._moment = now
         found = outputs if isinstance(outputs, Mapping) else {}
         if found.get("loss") is not None:
-            # Lightning has divided it among the batches of a step.
-            self._shown["loss"] = f"{float(found['loss']) * trainer.accumulate_grad_batches:.3f}"
+            # Lightning has divided what is minimised among the batches of a step.
+            loss = found.get("own_loss", found["loss"] * trainer.accumulate_grad_batches)
+            self._shown["loss"] = f"{float(loss):.3f}"
         if self._tokens:
             self._shown["tokens/s"] = f"{self._tokens / self._seconds:,.0f}"
         if found.get("stats") is not None and found["stats"]["load"].numel():

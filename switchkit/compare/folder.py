@@ -52,7 +52,7 @@ class Result:
     data: str = ""
     device: str = ""
     points: list[dict[str, float]] = field(default_factory=list)
-    """The curve: step, tokens, seconds, train_loss (mean since the last point), held_out_loss."""
+    """The curve: step, tokens, seconds, train_loss (mean over the targets since the last point), held_out_loss."""
 
     @property
     def finished(self) -> bool:

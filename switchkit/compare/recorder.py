@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -37,7 +37,7 @@ class Recorder(L.Callback):
         self.points: list[dict[str, float]] = []
         self.seconds, self.tokens, self.steps, self.done = 0.0, 0, 0, False
         self._mark = 0.0
-        self._losses: tuple[torch.Tensor | float, int] = (0.0, 0)
+        self._losses: tuple[torch.Tensor | float, torch.Tensor | int] = (0.0, 0)
         self._assigned: torch.Tensor | int = 0
         self._dropped: torch.Tensor | int = 0
 
@@ -59,7 +59,7 @@ class Recorder(L.Callback):
             "tokens": self.tokens,
             "steps": self.steps,
             "done": self.done,
-            "losses": [float(total), count],
+            "losses": [float(total), int(count)],
             "assigned": int(self._assigned),
             "dropped": int(self._dropped),
         }
@@ -88,9 +88,9 @@ class Recorder(L.Callback):
             self._assigned = self._assigned + stats["load"].sum()
             self._dropped = self._dropped + stats["dropped"].sum()
         total, count = self._losses
+        loss, targets = _own(outputs, trainer.accumulate_grad_batches)
         # In float64, so that a sum that was saved and read goes on as it would have.
-        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches  # which Lightning has divided it by
-        self._losses = (total + loss, count + 1)
+        self._losses = (total + loss.double() * targets, count + targets)
         self.tokens += batch["tokens"].numel()
         new_step = trainer.global_step != self.steps
         if new_step and (trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps):
@@ -119,7 +119,7 @@ class Recorder(L.Callback):
                 "step": self.steps,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
-                "train_loss": float(total) / count,
+                "train_loss": float(total) / max(int(count), 1),
                 "held_out_loss": held_out_loss(trainer, module),
             }
         )
@@ -155,6 +155,16 @@ def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     found = float(module.evaluation.compute()["loss"])
     module.evaluation.reset()
     return found
+
+
+def _own(outputs: Mapping[str, Any], accumulate: int) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """The loss of a micro-batch alone and its targets, which it is a mean over.
+
+    A `training_step` of one's own may tell its loss only, which Lightning has divided by `accumulate`; each counts 1.
+    """
+    if "own_loss" in outputs:
+        return outputs["own_loss"], outputs["targets"]
+    return outputs["loss"].detach() * accumulate, 1
 
 
 def _wait(module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from rich.console import Console
-from small import NET, data, module, trainer
+from small import NET, Pads, data, module, trainer
 
 from switchkit import Decoder
 from switchkit.callbacks import TrainingBar
@@ -78,6 +79,16 @@ def test_the_loss_is_that_of_a_whole_batch_when_gradients_are_accumulated(tmp_pa
 
     assert max(losses(accumulate_grad_batches=4)) < 2 * min(losses())
     assert 2 * min(losses(accumulate_grad_batches=4)) > max(losses())
+
+
+def test_the_loss_is_that_of_a_micro_batch_whatever_it_weighs(tmp_path: Path) -> None:
+    """26 symbols, of which nothing is learned yet."""
+    bar = TrainingBar(refresh_rate=1)
+    source = data(tmp_path)
+    trainer(tmp_path, Pads(), bar, steps=1, accumulate_grad_batches=2, enable_progress_bar=True).fit(
+        module(source), source
+    )
+    assert float(bar._shown["loss"]) == pytest.approx(math.log(26), abs=1)
 
 
 @pytest.mark.parametrize("dumb", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from small import NET, TOP2, data, module, trainer, weights
+from small import NET, TOP2, Pads, data, module, trainer, weights
 
 from switchkit import Factor, MoELayer, Switch, checkpoints
 from switchkit.compare.recorder import Mark, Recorder
@@ -113,6 +114,21 @@ def test_gradient_accumulation_counts_steps_not_batches(tmp_path: Path) -> None:
     assert recorder.tokens == 4 * 3 * 4 * 8
     # Of a model that has not learned yet, over 26 symbols: not a third of it.
     assert recorder.points[0]["train_loss"] > 0.8 * recorder.points[0]["held_out_loss"]
+
+
+def test_the_training_loss_weighs_by_targets(tmp_path: Path) -> None:
+    """As what is logged does, where the micro-batches of a step have unlike numbers of them."""
+    recorder = Recorder(1)
+    runner, _ = fit(tmp_path, recorder, Pads(), steps=3, accumulate_grad_batches=2, log_every_n_steps=1)
+    rows = csv.DictReader((Path(runner.log_dir) / "metrics.csv").read_text().splitlines())
+    logged = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert [point["train_loss"] for point in recorder.points] == pytest.approx(logged, abs=1e-6)
+
+
+def test_a_step_of_ones_own_tells_its_loss_alone() -> None:
+    from switchkit.compare.recorder import _own
+
+    assert _own({"loss": torch.tensor(0.5)}, 4) == (2.0, 1)
 
 
 def test_another_module_is_refused(tmp_path: Path) -> None:
