@@ -16,7 +16,6 @@ from switchkit import __version__
 from switchkit.cli.errors import UserError, exit_code
 from switchkit.cli.options import OptionParser, positive
 from switchkit.cli.plugins import split_plugins
-from switchkit.cli.ranges import is_zero
 from switchkit.cli.reading import stops_cleanly
 from switchkit.cli.recipes import dump_yaml
 from switchkit.compare.budget import Budget
@@ -36,10 +35,6 @@ __all__ = ["run"]
 
 _POINTS = 20
 _REFUSED = {"seed_everything": "--seeds N trains seeds 0 to N - 1", "ckpt_path": "a comparison goes on by itself"}
-_READS = {
-    "trainer.limit_train_batches": "runs that train on nothing cannot be compared",
-    "trainer.limit_val_batches": "runs are compared by their validation loss",
-}
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -262,7 +257,5 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             if position == len(argv) or argv[position].startswith("--"):
                 raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
             value, position = argv[position], position + 1
-        if key in _READS and is_zero(value):
-            raise UserError(f"compare: {name} {value}: {_READS[key]}: leave it out, or give a number above 0")
         edits.append((key, value))
     return own, edits

@@ -14,6 +14,7 @@ from switchkit.cli.arguments import Arguments
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.lightning import SwitchkitCLI, build
 from switchkit.cli.normalise import target_of
+from switchkit.cli.ranges import is_zero
 from switchkit.cli.recipes import dump_yaml
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
@@ -28,6 +29,10 @@ from switchkit.module import LanguageModule
 __all__ = ["Model", "cli_of", "composed", "context_of", "model_of", "reference", "steps_of", "takes_seed"]
 
 _NEVER = 10**9
+_READS = {
+    "limit_train_batches": "runs that train on nothing cannot be compared",
+    "limit_val_batches": "runs are compared by their validation loss",
+}
 _OURS: dict[str, Any] = {
     # Steps are the only bound; evaluation, seeds and folders are the comparison's business.
     "max_epochs": None,
@@ -74,6 +79,11 @@ def composed(entry: Entry, edits: Sequence[tuple[str, str]], plugins: Sequence[s
     for key in ("fast_dev_run", "overfit_batches"):
         if trainer.get(key):
             raise UserError(f"run {entry.name}: trainer.{key} leaves nothing to compare; try --budget steps=2")
+    for key, why in _READS.items():
+        if is_zero(trainer.get(key)):
+            raise UserError(
+                f"run {entry.name}: trainer.{key} {trainer[key]}: {why}: leave it out, or give a number above 0"
+            )
     if trainer.get("devices") not in (None, "auto", 1, "1", [0]) or (trainer.get("num_nodes") or 1) != 1:
         raise UserError(f"run {entry.name}: trainer.devices {trainer['devices']}: a comparison trains on one device")
     if not tree.get("data"):

@@ -349,6 +349,10 @@ FILES = {
     "runs: {a: small.yaml, bb: small.yaml}\nequal_flops: {a: cb}": "no run is called 'cb'. Did you mean 'bb'?",
     "runs: {a: small.yaml, b: small.yaml}\nequal_flops: {a: b, b: a}": "a takes its steps from another run",
     "runs: {a: small.yaml, b: {model: {init_args: {nett: {}}}}}": "run b: bad.yaml: runs.b: model",
+    "runs: {a: small.yaml, b: [small.yaml, {trainer: {limit_val_batches: 0}}]}": (
+        "run b: trainer.limit_val_batches 0: runs are compared by their validation loss: leave it out"
+    ),
+    "runs: {a: small.yaml, b: [small.yaml, {trainer: {limit_train_batches: 0}}]}": "runs that train on nothing",
     "runs: {a: small.yaml, b: [small.yaml, {trainer: {max_stepps: 1}}]}": "runs.b: trainer.max_stepps: Trainer",
 }
 
