@@ -23,6 +23,7 @@ from switchkit.losses.base import LossFactory
 from switchkit.models import NetFactory, Output
 from switchkit.module import LanguageModule
 from switchkit.optim import OptimizerFactory
+from switchkit.origin import carried
 from switchkit.registry import full_path
 from switchkit.spec import build, describe
 
@@ -129,6 +130,8 @@ class DistillModule(LanguageModule):
             tokenizer=given if given is not None else asked.tokenizer,
             vocab_size=size,
         )
+        # The ends and the beginning of a text are the vocabulary's, which is the teacher's.
+        self.hugging_face = carried({"model": asked.spec, "hugging_face": asked.hugging_face}, self.tokenizer)
         shape = asked.net
         if (mine := family(self.net)) != (other := family(shape)):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class StoredIndex:
     """The description of the data, whose training examples these are."""
     bytes: Mapping[str, int]
     """Size of each file."""
+    hugging_face: Mapping[str, Any] = field(default_factory=dict)
+    """What the files said that the teacher was imported from."""
 
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
@@ -118,6 +120,11 @@ class StoredTeacher:
         """Its vocabulary."""
         found = (self.spec.get("init_args") or {}).get("tokenizer")
         return None if found is None else build(found)()
+
+    @property
+    def hugging_face(self) -> Mapping[str, Any]:
+        """What the files said that it was imported from."""
+        return self.index.hugging_face
 
     @property
     def vocab_size(self) -> int:

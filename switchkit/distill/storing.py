@@ -114,6 +114,7 @@ def store(
             model=teacher.spec,
             data=describe_object(data),
             bytes={name: (folder / name).stat().st_size for name in FILES},
+            hugging_face=teacher.hugging_face,
         )
         (folder / INDEX).write_text(written.to_json(), encoding="utf-8")
     return written

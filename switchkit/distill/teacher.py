@@ -58,6 +58,11 @@ class Teacher:
         return self.module.tokenizer
 
     @property
+    def hugging_face(self) -> Mapping[str, Any]:
+        """What the files said that it was imported from."""
+        return self.module.hugging_face
+
+    @property
     def vocab_size(self) -> int:
         """Symbols of its logits."""
         return int(self.net.get_parameter("embed.weight").shape[0])

@@ -31,6 +31,7 @@ from switchkit.convert.measuring import measure
 from switchkit.convert.merging import feed_forward_of
 from switchkit.data.loader import InOrder
 from switchkit.distill.teacher import Teacher, fingerprint, open_teacher
+from switchkit.interop.files import save_checkpoint
 from switchkit.layers import FeedForward
 
 TWIN = partial(Decoder, d_model=16, num_layers=2, num_heads=2, d_ff=24, context=8, sparse=[], dropout=0.1)
@@ -324,6 +325,21 @@ def test_a_checkpoint_is_the_student_s_alone(taught, tmp_path):
     assert torch.equal(weights(read), weights(pupil.net))
     assert checkpoints.read(path)["switchkit"]["projections"].keys() == dict(pupil.matching.named_parameters()).keys()
     assert list(read.generate(torch.tensor([1, 2]), 3))
+
+
+def test_what_an_imported_teacher_s_files_said_is_the_student_s_too(tmp_path):
+    """Where its texts begin and end; not where the student's vocabulary is not known to be the same."""
+    teacher(tmp_path)
+    known = open_teacher(tmp_path / "teacher.ckpt").module
+    known.hugging_face = {"config": {"eos_token_id": 3}, "generation": {"eos_token_id": [3, 4]}}
+    assert known.end_ids == (3, 4)
+    pupil = student(tmp_path, teacher=known)
+    save_checkpoint(pupil, tmp_path / "student.ckpt")
+    assert pupil.hugging_face == known.hugging_face
+    assert LanguageModule.load_from_checkpoint(tmp_path / "student.ckpt").end_ids == (3, 4)
+    bare = LanguageModule(NET, vocab_size=26)
+    bare.hugging_face = known.hugging_face
+    assert student(tmp_path, teacher=bare, optimizer=torch.optim.SGD).end_ids == ()
 
 
 def test_experts_of_another_activation_are_not_merged_into_a_layer(tmp_path):

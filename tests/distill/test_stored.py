@@ -164,6 +164,14 @@ def test_a_student_of_words_alone(tmp_path):
     assert torch.equal(fit("half", 30, checkpoints.last(tmp_path / "half")), whole)
 
 
+def test_what_the_teacher_was_imported_with_is_in_the_folder(tmp_path):
+    teacher(tmp_path)
+    known = open_teacher(tmp_path / "teacher.ckpt")
+    known.module.hugging_face = {"config": {"eos_token_id": 3}}
+    store(known, windows(tmp_path), tmp_path / "words", k=2)
+    assert student(tmp_path, teacher=tmp_path / "words").end_ids == (3,)
+
+
 def test_sizes_on_disk(tmp_path):
     teacher(tmp_path)
     folder = written(tmp_path, 4)
