@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor
-from torchmetrics.functional.text import chrf_score, sacre_bleu_score
+from torchmetrics.functional.text import sacre_bleu_score
 
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import generate
@@ -39,7 +40,8 @@ class Translations(L.Callback):
     that all validations of a run read the same; the reference is the target as the model sees it (cut, where the data
     cuts). BLEU is of the whole set, up to 4-grams, of the tokens that sacreBLEU's default
     makes (the WMT script `mteval-v13a`), case kept, without smoothing: 0 where no 4-gram is right. chrF is chrF2, of
-    characters up to 6-grams without spaces.
+    characters up to 6-grams without spaces, of the whole set as well, in sacreBLEU's way: F of the mean precision and
+    recall.
 
     A few translations are printed when fitting, validating or testing ends, unless they are those printed last.
 
@@ -159,12 +161,38 @@ def scores(found: Sequence[Translation], stage: Stage) -> dict[str, Tensor]:
     languages = list(dict.fromkeys(one.language for one in found))
     for language in [None, *languages] if len(languages) > 1 else [None]:
         some = [one for one in found if language in (None, one.language)]
-        outputs, targets = [one.output for one in some], [[one.target] for one in some]
+        outputs, targets = [one.output for one in some], [one.target for one in some]
         end = "" if language is None else f"_{language}"
-        values[f"{stage}/bleu{end}"] = 100 * sacre_bleu_score(outputs, targets, tokenize="13a")
-        chrf = chrf_score(outputs, targets, n_word_order=0)
-        values[f"{stage}/chrf{end}"] = 100 * torch.as_tensor(chrf)
+        bleu = sacre_bleu_score(outputs, [[target] for target in targets], tokenize="13a")
+        values[f"{stage}/bleu{end}"] = 100 * bleu
+        values[f"{stage}/chrf{end}"] = torch.tensor(100 * _chrf(outputs, targets))
     return values
+
+
+def _chrf(outputs: Sequence[str], targets: Sequence[str], order: int = 6, beta: float = 2.0) -> float:
+    """chrF of all sentences together, as sacreBLEU counts it: F of the mean precision and the mean recall of those
+    n-grams that both sides have."""
+    # Not torchmetrics' `chrf_score`, which leaves the references of empty outputs out.
+    precisions, recalls = [], []
+    for n in range(1, order + 1):
+        pairs = [(_grams(output, n), _grams(target, n)) for output, target in zip(outputs, targets, strict=True)]
+        same = sum((output & target).total() for output, target in pairs)
+        # Where a reference is shorter than the n-gram, those of the output are not held against it.
+        made = sum(output.total() for output, target in pairs if target)
+        asked = sum(target.total() for _, target in pairs)
+        if made and asked:
+            precisions.append(same / made)
+            recalls.append(same / asked)
+    if not any(precisions):
+        return 0.0
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def _grams(text: str, n: int) -> Counter[str]:
+    """Runs of `n` characters, spaces left out."""
+    letters = "".join(text.split())
+    return Counter(letters[start : start + n] for start in range(len(letters) - n + 1))
 
 
 def _texts(tokenizer: Tokenizer, ids: Tensor, valid: Tensor) -> list[str]:

@@ -92,8 +92,8 @@ def bleu(outputs: list[str], targets: list[str]) -> float:
 
 
 def chrf(outputs: list[str], targets: list[str]) -> float:
-    """Corpus chrF2: mean of F2 over the orders 1 to 6, of characters without spaces."""
-    found = []
+    """Corpus chrF2: F2 of the mean precision and recall of the orders 1 to 6, of characters without spaces."""
+    precisions, recalls = [], []
     for order in range(1, 7):
         same = ours = theirs = 0
         for output, target in zip(outputs, targets, strict=True):
@@ -102,9 +102,10 @@ def chrf(outputs: list[str], targets: list[str]) -> float:
             same += (one & two).total()
             ours += one.total()
             theirs += two.total()
-        p, r = same / ours, same / theirs
-        found.append(5 * p * r / (4 * p + r))
-    return 100 * sum(found) / 6
+        precisions.append(same / ours)
+        recalls.append(same / theirs)
+    p, r = sum(precisions) / 6, sum(recalls) / 6
+    return 100 * 5 * p * r / (4 * p + r)
 
 
 def test_scores_are_bleu_and_chrf_of_the_whole_and_of_each_language() -> None:
@@ -129,6 +130,15 @@ def test_punctuation_is_a_token_of_its_own_and_case_counts() -> None:
 def test_nothing_said_scores_nothing() -> None:
     got = translate.scores([Translation("a", "", "b", "")], "val")
     assert got == {"val/bleu": 0, "val/chrf": 0}
+
+
+def test_a_sentence_without_an_output_lowers_chrf() -> None:
+    """What sacreBLEU 2.6.0 says of the same, as of one that is shorter than a 6-gram."""
+    outputs = ["", "the cat sat on the mat", "Hi."]
+    targets = ["a long sentence that was never translated at all", "the cat sat on the mat", "Hi!"]
+    found = [Translation("", *both, "") for both in zip(outputs, targets, strict=True)]
+    assert math.isclose(translate.scores(found[:2], "val")["val/chrf"], 32.48, abs_tol=0.005)
+    assert math.isclose(translate.scores(found[2:], "val")["val/chrf"], 38.89, abs_tol=0.005)
 
 
 # In a run.
