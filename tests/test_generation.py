@@ -465,6 +465,28 @@ def test_a_capacity_that_binds_is_decoded_without_a_cache() -> None:
     assert torch.equal(found, whole[:, 5:])
 
 
+@pytest.mark.parametrize("group", ["batch", 4])
+def test_rows_and_beams_do_not_share_a_capacity(group: str | int) -> None:
+    """The score of a beam is that of its sequence, and the text of a row is the one that it has alone."""
+    moe = partial(MoELayer, router=TopK, group=group, capacity=partial(Factor, train=0.5, eval=0.5))
+    net, prompts = decoder(moe=moe), torch.randint(11, (2, 5))
+    for options in ({"num_beams": 3, "length_penalty": 0.0}, {"temperature": 0}):
+        found = generate(net, prompts, max_new_tokens=8, **options)
+        for row, prompt in enumerate(prompts):
+            whole = torch.cat([prompt, found.tokens[row]]).unsqueeze(0)
+            nats = torch.stack([net(whole[:, :n]).logits[0, -1].log_softmax(-1) for n in range(5, 13)])
+            torch.testing.assert_close(found.log_prob[row], nats.gather(1, whole[0, 5:, None]).sum())
+
+
+def test_beams_of_a_source_do_not_share_a_capacity() -> None:
+    net = encoder_decoder(moe=partial(MoELayer, group="batch", capacity=partial(Factor, train=0.5, eval=0.5)))
+    source = torch.randint(11, (1, 6))
+    found = generate(net, source=source, max_new_tokens=7, num_beams=3)
+    whole = torch.cat([torch.tensor([[net.start_id]]), found.tokens], 1)
+    nats = torch.stack([net(whole[:, :n], source=source).logits[0, -1].log_softmax(-1) for n in range(1, 8)])
+    torch.testing.assert_close(found.log_prob[0], nats.gather(1, whole[0, 1:, None]).sum())
+
+
 def test_a_model_of_ones_own_needs_no_cache() -> None:
     class Plain(nn.Module):
         """Nothing but tokens in and logits out."""

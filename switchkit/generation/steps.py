@@ -36,8 +36,9 @@ def stream(
     The model is in evaluation mode while a token is computed, and as it was in between; there is no gradient. With a
     cache each step computes the newest token alone. Where `net.uncacheable` says why that would differ from a forward
     of the whole (a capacity binds, a router decides by position), or the model keeps no cache, each step is a full
-    forward. Where the model's `context` is full, the older half of the sequence is forgotten and the cache made anew
-    from the newer half, so that a token costs about the same all the way; in a batch the longest row decides when.
+    forward, row by row where rows would share the capacity of experts. Where the model's `context` is full, the older
+    half of the sequence is forgotten and the cache made anew from the newer half, so that a token costs about the same
+    all the way; in a batch the longest row decides when.
 
     Args:
         net: a `Decoder`, an `EncoderDecoder`, or a model that is called as one of them.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.layers import MoELayer
 from switchkit.models.base import Cache, evaluating
 
 __all__ = ["Window", "pad_left"]
@@ -21,6 +21,9 @@ class Window:
     forward of the whole (a capacity binds, a router decides by position), or the model keeps no cache, each step is a
     full forward. Where the model's `context` is full, the older half of the sequence is forgotten and the cache made
     anew from the newer half, so that a token costs about the same all the way; without a cache the same is forgotten.
+
+    Without a cache, rows that would share the capacity of experts (`group` "batch" or a number of tokens) are computed
+    one after another: each is what it is alone, beams of one text included.
 
     Args:
         net: a `Decoder`, an `EncoderDecoder`, or a model that is called as one of them.
@@ -67,6 +70,7 @@ class Window:
         self.caches = use_cache and getattr(net, "uncacheable", "it keeps no cache") is None
         self.cache: Cache | None = None
         self.cached = 0  # tokens that the cache holds
+        self.apart = not self.caches and any(_meet(part) for part in self._parts)
 
     @property
     def rows(self) -> int:
@@ -76,19 +80,17 @@ class Window:
         """Of the next token of each row, in float32 at least."""
         if self.context is not None and self.tokens.shape[1] > self.context:
             self._keep(max(1, self.context // 2))
-        fresh = self.cache is None
-        given: dict[str, Any] = {}
-        if self.caches:
-            given["cache"] = Cache() if fresh else self.cache
-        if self.source is not None and (fresh or not self.caches):
+        tokens = self.tokens[:, self.cached :]
+        given: dict[str, Tensor | None] = {}
+        if self.source is not None and self.cache is None:
             given |= {"source": self.source, "source_valid": self.source_valid}
         if self.valid is not None:
             given["valid"] = self.valid[:, self.cached :]
         with torch.inference_mode(), evaluating(self.net, self._parts):
-            out = self.net(self.tokens[:, self.cached :], **given)
-        if self.caches:
-            self.cache, self.cached = out.cache, self.tokens.shape[1]
-        last: Tensor = out.logits[:, -1, : self.symbols]
+            if self.apart:
+                last = torch.cat([self._last(*_row(tokens, given, index)) for index in range(self.rows)])
+            else:
+                last = self._last(tokens, given)
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
     def append(self, tokens: Int[Tensor, "B"]) -> None:
@@ -105,6 +107,14 @@ class Window:
             setattr(self, name, None if value is None else value[index])
         if self.cache is not None:
             self.cache = self.cache.select(index)
+
+    def _last(self, tokens: Int[Tensor, "B S"], given: dict[str, Tensor | None]) -> Float[Tensor, "B V"]:
+        """Logits at the last place; what is cached grows by these tokens."""
+        if not self.caches:
+            return self.net(tokens, **given).logits[:, -1, : self.symbols]
+        out = self.net(tokens, **given, cache=Cache() if self.cache is None else self.cache)
+        self.cache, self.cached = out.cache, self.tokens.shape[1]
+        return out.logits[:, -1, : self.symbols]
 
     def _keep(self, newest: int) -> None:
         self.tokens = self.tokens[:, -newest:]
@@ -124,6 +134,17 @@ def pad_left(prompts: Sequence[Int[Tensor, "_"]], pad_id: int = 0) -> tuple[Int[
     rows = [torch.cat([prompt.new_full((size - len(prompt),), pad_id), prompt]) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     return torch.stack(rows), torch.arange(size, device=lengths.device) >= size - lengths.unsqueeze(1)
+
+
+def _meet(part: nn.Module) -> bool:
+    """Whether in this part what becomes of a sequence depends on the others of its batch."""
+    return isinstance(part, MoELayer) and part.group != "sequence" and part.uncacheable is not None
+
+
+def _row(tokens: Tensor, given: dict[str, Tensor | None], index: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """One row alone, as a batch."""
+    one = slice(index, index + 1)
+    return tokens[one], {name: None if value is None else value[one] for name, value in given.items()}
 
 
 def _check(name: str, tokens: Tensor | None, valid: Tensor | None) -> None:
