@@ -568,10 +568,15 @@ def test_a_saturated_router_is_a_fault_at_the_start_and_a_note_later():
         ({"scale": "k", "layers": "sum"}, 4, 0.02, "fault"),
         ({"weight": 0.1}, 1, 0.05, "note"),
         ({"per": "sequence", "choices": "first"}, 1, 0.005, "ok"),
+        ({"stacks": [1, 1]}, 2, 0.01, "ok"),
+        ({"stacks": [1, 1], "scale": "k"}, 4, 0.02, "fault"),
     ],
 )
 def test_the_scale_of_the_balance_loss(options, value, each, expected):
-    """Two layers, two choices: a mean over layers gives each half the weight, a sum the paper's; k doubles either."""
+    """Two layers, two choices: a mean over layers gives each half the weight, a sum over layers or stacks the paper's.
+
+    k doubles either.
+    """
     found = findings(TopK, losses=[partial(Balance, **options)])["scale of balance"]
     assert found.status == expected
     assert found.evidence.startswith(f"{value} at uniform routing")

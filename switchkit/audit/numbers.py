@@ -173,8 +173,8 @@ def scales(probe: Probe) -> Iterator[Finding]:
         if shares and not alike:
             each = ", by layer " + ", ".join(f"{weight * share:.3g}" for share in shares)
         evidence = f"{told}{each} ({source}" + (")" if own is None else f", by default 1 * {own:g})")
-        # A sum over layers, as the paper has it, weighs in each what the mean does in a model of one.
-        unit = shares[0] if alike and getattr(loss, "layers", "mean") == "sum" else value
+        # A sum over layers, as the paper has it, or over stacks weighs in each what the mean does in a model of one.
+        unit = value / _summed(loss, len(even))
         if own is None or _same([weight * value, own]) or _same([weight * unit, own]):
             yield Finding(check, "ok", evidence)
         elif _same([unit, 1.0]):
@@ -182,6 +182,13 @@ def scales(probe: Probe) -> Iterator[Finding]:
         else:
             fix = "divide it" if getattr(loss, "scale", "one") == "one" else "scale: one"
             yield Finding(check, "fault", evidence, f"{fix}, or weight: {own / unit:.3g}")
+
+
+def _summed(loss: Loss, layers: int) -> int:
+    """How many terms of 1 at uniform routing a balance loss adds up: one of each layer, or of each stack of layers."""
+    stacks = getattr(loss, "stacks", None) or ()
+    summed = layers if getattr(loss, "layers", "mean") == "sum" else sum(size > 0 for size in stacks)
+    return max(summed, 1)
 
 
 def _same(values: Sequence[float]) -> bool:
