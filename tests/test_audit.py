@@ -130,6 +130,24 @@ class Half(LinearRouter):
         return token_choice(logits, logits.softmax(-1), expert, weight, valid)
 
 
+class Closing(Switch):
+    """The last expert takes no token."""
+
+    def logits(self, tokens):
+        return self.closed(super().logits(tokens))
+
+    def closed(self, logits):
+        return logits.masked_fill(torch.arange(self.num_experts) == self.num_experts - 1, -torch.inf)
+
+
+class Rounded(Closing):
+    """Its products are of the type of its input, what it hands back is not."""
+
+    def logits(self, tokens):
+        low = tokens @ self.weight.to(tokens.dtype).t()
+        return self.closed(low.to(torch.promote_types(low.dtype, torch.float32)))
+
+
 class Single(LinearRouter):
     """Names float32, so that it cannot run in float64."""
 
@@ -534,6 +552,13 @@ def test_routing_below_float32():
     found = findings(Half)
     assert faults(found) == ["float32 routing"]
     assert "on bfloat16 inputs: logits bfloat16, probs bfloat16, weight bfloat16" in found["float32 routing"].evidence
+
+
+def test_a_router_that_closes_experts_is_measured_on_the_others():
+    assert not faults(findings(Closing, losses=[]))
+    found = findings(Rounded, losses=[])
+    assert faults(found) == ["float32 routing"]
+    assert "on bfloat16 inputs: float32 in the record, off by up to 0.0" in found["float32 routing"].evidence
 
 
 @pytest.mark.parametrize("part", [{"router": Single}, {"experts": Float32Experts}], ids=["router", "experts"])
