@@ -96,6 +96,9 @@ class SaveLast(Checkpoint):
         if _holds_average(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(trainer.strategy.broadcast(checkpoint_folder(trainer) / "averaged.ckpt"))
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _wait_for_the_first(trainer)
+
     def save(self, trainer: L.Trainer) -> None:
         """Save now, unless this very step was saved or there was no step yet. Call it between two steps only."""
         if trainer.global_step in (0, self._saved_at) or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -126,11 +129,16 @@ def _finite(weights: Tensor) -> bool:
     return bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())
 
 
+def _wait_for_the_first(trainer: L.Trainer) -> None:
+    """The first process has seen to it that its file is in its place: the others must not read the one before."""
+    trainer.strategy.barrier("saved")
+
+
 class SaveBest(Checkpoint):
     """Keeps ``best.ckpt``, the checkpoint of the lowest value of a logged metric, over the resumed parts of a run too.
 
     Args:
-        monitor: the metric, compared after each validation of `fit`.
+        monitor: the metric, compared after each validation of `fit`; on several devices the first one's value counts.
     """
 
     def __init__(self, monitor: str = "val/loss") -> None:
@@ -191,13 +199,18 @@ class SaveBest(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.monitor not in trainer.callback_metrics:
+        found = trainer.callback_metrics.get(self.monitor)
+        value = None if found is None else float(found)
+        # The first process's, whose value is logged: not every module logs the same on all, and they save together.
+        value, better = trainer.strategy.broadcast((value, value is not None and value < self.value))
+        if value is None:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             rank_zero_warn(f"best.ckpt is not saved: nobody logs {self.monitor}; there are {known}")
-            return
-        value = float(trainer.callback_metrics[self.monitor])
-        if value < self.value:
+        elif better:
             self.value = value
             self.path = trainer.strategy.broadcast(checkpoint_folder(trainer) / "best.ckpt")
             with settling_later(trainer):
                 trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _wait_for_the_first(trainer)

@@ -129,16 +129,17 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
 
     rest = dict(content)
     rest["state_dict"] = {name: take(value, f"model/{name}") for name, value in content["state_dict"].items()}
-    rest["optimizer_states"] = [
-        {
-            **optimizer,
-            "state": {
-                number: {name: take(value, f"optimizer/{i}/{number}/{name}") for name, value in entries.items()}
-                for number, entries in optimizer["state"].items()
-            },
-        }
-        for i, optimizer in enumerate(content.get("optimizer_states", []))
-    ]
+    if "optimizer_states" in content:  # not with weights alone
+        rest["optimizer_states"] = [
+            {
+                **optimizer,
+                "state": {
+                    number: {name: take(value, f"optimizer/{i}/{number}/{name}") for name, value in entries.items()}
+                    for number, entries in optimizer["state"].items()
+                },
+            }
+            for i, optimizer in enumerate(content["optimizer_states"])
+        ]
     return rest, tensors
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from small import data, module
 from torch import Tensor
 
 from switchkit import Balance, ExpertChoice, Factor, MoELayer, RouterZ, Sigmoid
-from switchkit.callbacks import UpdateRouterBias
+from switchkit.callbacks import SaveBest, SaveLast, UpdateRouterBias
+from switchkit.checkpoints import AtomicCheckpointIO, read
 from switchkit.step import MicroBatch, NonFiniteError
 
 DROPS = partial(MOE, capacity=partial(Factor, train=0.5))
@@ -106,15 +110,14 @@ def test_a_planted_fault_is_seen(fault: Any, kind: str) -> None:
 
 
 def loop(rank: int, world: int, folder: Path, **more: Any) -> L.Trainer:
-    options = {"max_steps": 4, "limit_val_batches": 0, **more}
+    options = {"max_steps": 4, "limit_val_batches": 0, "enable_checkpointing": False, **more}
     return L.Trainer(
         accelerator="cpu",
         strategy="ddp",
         devices=world,
-        plugins=[Ranks(rank, world)],
+        plugins=[Ranks(rank, world), AtomicCheckpointIO()],
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
         **options,
@@ -252,3 +255,59 @@ def test_a_rank_with_nan_stops_all_ranks() -> None:
     for told in run(2, poisoned, Case(padded=False)):
         assert "non-finite router input (blocks.0.mlp: 16 tokens" in told
         assert "at step 1" in told
+
+
+class Apart(L.LightningModule):
+    """Each rank logs a validation loss of its own: the first's falls, the other's rises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.loss = 4.0
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.loss *= 0.5 if self.global_rank == 0 else 2.0
+        self.log("val/loss", self.loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def saved_apart(rank: int, world: int, folder: str) -> tuple[Path | None, float]:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=15), dist.group.WORLD)
+    best, batches = SaveBest(), torch.utils.data.DataLoader(torch.ones(4, 1))
+    more = {"max_steps": -1, "max_epochs": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    loop(rank, world, Path(folder), callbacks=[best], enable_checkpointing=True, **more).fit(Apart(), batches, batches)
+    return best.path, best.value
+
+
+def test_the_best_of_a_metric_that_ranks_do_not_share_is_the_first_one_s(tmp_path: Path) -> None:
+    best = tmp_path / "checkpoints/best.ckpt"
+    assert run(2, saved_apart, str(tmp_path)) == [(best, 0.5)] * 2
+    assert torch.load(best, weights_only=True)["epoch"] == 2
+
+
+def read_after(rank: int, world: int, folder: str) -> list[int]:
+    """The steps that best.ckpt and last.ckpt are of when `fit` returns, on a slow disk."""
+    real = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(1.0)
+        real(file)
+
+    os.fsync = slow
+    case, callbacks = Case(steps=4), [SaveBest(), SaveLast(2)]
+    batches = [shares[rank] for shares in case.batches()]
+    more = {"val_check_interval": 2, "limit_val_batches": 1.0, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    own = loop(rank, world, Path(folder), callbacks=callbacks, **more)
+    own.fit(case.module(), Loader(batches), Loader(case.batches()[0]))
+    return [read(callback.path)["global_step"] for callback in callbacks]
+
+
+def test_when_fit_returns_every_rank_finds_the_last_file_in_its_place(tmp_path: Path) -> None:
+    first, second = run(2, read_after, str(tmp_path))
+    assert first == second
+    assert first[1] == 4

@@ -228,6 +228,13 @@ def test_a_full_disk_is_told_of_the_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert found.value.filename == str(tmp_path / "last.ckpt")
 
 
+def test_weights_alone_stay_weights_alone(tmp_path: Path) -> None:
+    """What goes on from them asks whether there is a state of the optimizers, not how many there are."""
+    ours = {"format_version": 1, "model": {"class_path": "a.Model"}}
+    checkpoints.write_folder({"state_dict": {"x": torch.ones(3)}, "switchkit": ours}, tmp_path / "weights.ckpt")
+    assert "optimizer_states" not in checkpoints.read(tmp_path / "weights.ckpt")
+
+
 class Killed(BaseException):
     pass
 
