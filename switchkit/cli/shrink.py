@@ -44,6 +44,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         for given, instead in _measured(options):
             raise UserError(f"{work.path} belongs to no data to measure {given} on: take {instead}")
         say("nothing was measured: all experts count alike")
+        if command == "to-dense":
+            _tell_of_loud(work)
     found = assumed(work.module) if batches is None else measure(work.module, batches, limit=options.batches)
     if command == "prune":
         made = shrinking.prune(work.module, options.keep, found, by=options.by)
@@ -60,6 +62,20 @@ def run(command: str, argv: Sequence[str]) -> int:
     _show(command, work, made, found, after)
     say(f"the optimizer starts afresh. Go on with: {work.go_on}")
     return 0
+
+
+def _tell_of_loud(work: Conversion) -> None:
+    """Say where nobody knows without data what the experts' outputs are multiplied by."""
+    from switchkit.convert.measuring import weight_of_every_token
+    from switchkit.convert.rebuilding import moe_layers
+
+    unknown = [name for name, layer in moe_layers(work.module).items() if weight_of_every_token(layer) is None]
+    if unknown:
+        instead = "leave --no_data out" if work.data is not None else "a checkpoint of `fit` has data to measure it on"
+        say(
+            f"only data tell what the router's weights come to in {', '.join(unknown)}, often less than 1: the outputs "
+            f"are multiplied by 1 there, which may be too loud; {instead}"
+        )
 
 
 def _measured(options: Namespace) -> Iterator[tuple[str, str]]:

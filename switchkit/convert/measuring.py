@@ -16,7 +16,7 @@ from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
 from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights
 
-__all__ = ["ExpertUse", "Measured", "assumed", "measure"]
+__all__ = ["ExpertUse", "Measured", "assumed", "measure", "weight_of_every_token"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ExpertUse:
     weight: Float[Tensor, "E"]
     """Sum of the weights with which its outputs came back; what was dropped came back with none."""
     tokens: int
-    """Real tokens; 0: nothing was measured, see `assumed`."""
+    """Real tokens; 0: nothing was measured, and the sums are those of one token, see `assumed`."""
     alike: Float[Tensor, "E E"]
     """Cosine of the router's logits for two experts, over all tokens: what MC-SMoE groups experts by."""
     undropped: float
@@ -46,11 +46,10 @@ class ExpertUse:
         """Mean over the tokens of the sum of their weights: what the routed experts are multiplied by.
 
         It is what `switchkit.convert.merging.feed_forward_of` takes: 1 for weights that sum to one, the mean
-        probability for `switch`; 1 where nothing was measured. One number for all experts, since a weight that is large
-        in one expert is small in another of the same token: with a mean for each, copies would not merge into what they
-        were.
+        probability for `switch`. One number for all experts, since a weight that is large in one expert is small in
+        another of the same token: with a mean for each, copies would not merge into what they were.
         """
-        return float(self.weight.sum()) / self.tokens if self.tokens else 1.0
+        return float(self.weight.sum()) / max(self.tokens, 1)
 
     @property
     def gate_undropped(self) -> float:
@@ -58,7 +57,7 @@ class ExpertUse:
 
         It does not depend on the capacity, which fewer experts have more of each.
         """
-        return self.undropped / self.tokens if self.tokens else 1.0
+        return self.undropped / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,55 @@ def measure(module: LanguageModule, batches: Iterable[Mapping[str, Tensor]], *, 
 def assumed(module: LanguageModule) -> Measured:
     """What stands in for a measurement without data: all experts used alike, as like as the router's rows.
 
-    Raises:
-        ValueError: a router whose experts cannot be compared by a row each.
+    The weights of a token sum to what they always do, see `weight_of_every_token`, or else to 1. Experts of a router
+    without a row for each are like themselves alone.
     """
     layers = []
     for name in module.sparse_layers:
         layer = module.net.get_submodule(name)
         assert isinstance(layer, MoELayer)
-        count, rows = layer.num_experts, getattr(layer.router, "weight", None)
-        if not isinstance(rows, Tensor) or rows.shape[:1] != (count,) or rows.dim() != 2:
-            raise ValueError(
-                f"{name}: the router {type(layer.router).__name__} has no row of weights for each expert to tell which "
-                "are alike: measure on data"
-            )
-        ones, rows = torch.ones(count, dtype=torch.float64), rows.detach().double().cpu()
-        layers.append(ExpertUse(name, ones, ones, 0, _cosine(rows @ rows.t()), 0.0))
+        count = layer.num_experts
+        known = weight_of_every_token(layer)
+        gate = 1.0 if known is None else known
+        weight = torch.full((count,), gate / count, dtype=torch.float64)
+        layers.append(ExpertUse(name, torch.ones_like(weight), weight, 0, _alike(layer), gate))
     return Measured(tuple(layers), None)
+
+
+@torch.no_grad()
+def weight_of_every_token(layer: MoELayer) -> float | None:
+    """What the weights of any token sum to in evaluation, drops not taken off; None: it depends on the token.
+
+    It is what a normalising router multiplies the routed experts by, data or none. The router is asked of random
+    tokens, in its own dtype.
+    """
+    router, like = layer.router, next(layer.parameters(), torch.zeros(()))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 64, router.d_model, generator=draw).to(like)
+    valid = torch.ones(1, 64, dtype=torch.bool, device=like.device)
+    limit = layer.capacity.limit(64, layer.num_experts, router.k, training=False)
+    was_training = router.training
+    router.eval()
+    try:
+        # Whatever the vocabulary is, it has a first symbol.
+        routing = router(tokens, limit, valid, torch.zeros_like(valid, dtype=torch.long))
+    finally:
+        router.train(was_training)
+    if routing.renormalize:
+        return routing.scale
+    weight = routing.weight.double().masked_fill(~routing.chosen, 0)
+    total = weight.new_zeros(valid.shape).scatter_add(1, routing.token, weight)
+    mean = total.mean()
+    return float(mean) if torch.allclose(total, mean.expand_as(total), rtol=1e-3, atol=0) else None
+
+
+def _alike(layer: MoELayer) -> Float[Tensor, "E E"]:
+    for name in ("weight", "embedding"):
+        rows = getattr(layer.router, name, None)
+        if isinstance(rows, Tensor) and rows.dim() == 2 and len(rows) == layer.num_experts:
+            rows = rows.detach().double().cpu()
+            return _cosine(rows @ rows.t())
+    return torch.eye(layer.num_experts, dtype=torch.float64)
 
 
 def _sums(routing: Routing) -> list[Tensor]:

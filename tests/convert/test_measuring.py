@@ -8,9 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from switchkit import Decoder, EncoderDecoder, Factor, Hash, LanguageModule, MoELayer, Switch, TopK
+from switchkit import (
+    Cosine,
+    Decoder,
+    EncoderDecoder,
+    Factor,
+    GShard,
+    Hash,
+    LanguageModule,
+    MoELayer,
+    Sigmoid,
+    Switch,
+    TopK,
+)
 from switchkit.convert.comparing import change
-from switchkit.convert.measuring import assumed, measure
+from switchkit.convert.measuring import assumed, measure, weight_of_every_token
 
 V = 11
 TIGHT = partial(Factor, train=1.0, eval=0.6)
@@ -122,5 +134,35 @@ def test_without_data_all_are_used_alike() -> None:
     rows = module.net.blocks[1].mlp.router.weight.detach()
     wanted = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
     torch.testing.assert_close(use.alike.float(), wanted, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="Hash has no row of weights for each expert"):
-        assumed(decoder(Hash))
+    hashed = assumed(decoder(Hash)).layers[1]
+    assert torch.equal(hashed.alike, torch.eye(3, dtype=torch.float64))
+    cosine = decoder(Cosine)
+    rows = cosine.net.blocks[1].mlp.router.embedding.detach()
+    wanted = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    torch.testing.assert_close(assumed(cosine).layers[1].alike.float(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("router", "known"),
+    [
+        (partial(Sigmoid, k=2, scale=2.5), 2.5),
+        (partial(Sigmoid, k=2, normalize=False), None),
+        (partial(TopK, k=2, scale=3.0), 3.0),
+        (partial(TopK, k=2, softmax="after", normalize="never"), 1.0),
+        (partial(TopK, k=2, normalize="after", scale=2.0), 2.0),
+        (partial(TopK, k=2, normalize="never"), None),
+        (partial(TopK, k=3, normalize="never"), 1.0),
+        (partial(GShard, eval_second="threshold", init_std=3.0), None),
+        (partial(Hash, k=2), 1.0),
+        (partial(Switch, init_std=1.0), None),
+    ],
+    ids=str,
+)
+def test_without_data_weights_sum_to_what_they_always_do(router: partial, known: float | None) -> None:
+    """As data would say; to 1 where only data can say."""
+    module = decoder(router)
+    found = weight_of_every_token(module.net.blocks[0].mlp)
+    assert found == (None if known is None else pytest.approx(known, rel=1e-5))
+    assert assumed(module).layers[0].gate == pytest.approx(known or 1.0, rel=1e-5)
+    if known is not None:
+        assert measure(module, batches()).layers[0].gate == pytest.approx(known, rel=1e-5)
