@@ -17,7 +17,8 @@ class RandomState(L.Callback):
     """Keeps the generators of torch (CPU and CUDA), NumPy and Python in the checkpoint, one state per rank.
 
     They are restored when training starts, after the loaders were made and the sanity check ran, so that a resumed run
-    draws what the uninterrupted one would have drawn. Plain data only, which loads under ``weights_only=True``.
+    draws what the uninterrupted one would have drawn. Plain data only, which loads under ``weights_only=True``. A rank
+    for which the checkpoint has no state, in a new run every one but the first, is set apart from the others.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,20 @@ class RandomState(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._pending is not None and trainer.global_rank < len(self._pending):
             restore(self._pending[trainer.global_rank])
+        else:
+            set_apart(trainer.global_rank)
         self._pending = None
+
+
+def set_apart(rank: int) -> None:
+    """Give torch's generators a stream of this rank; the first goes on with the one that it has.
+
+    All ranks were seeded alike, and would draw the same dropout masks and jitter, place by place. The generators of
+    NumPy and Python are left as they are: data may be cut with them, alike on every rank.
+    """
+    if rank:
+        # From what is drawn next, so that one run after another in a process does not repeat itself.
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def capture() -> dict[str, Any]:
