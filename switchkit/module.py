@@ -35,7 +35,7 @@ from switchkit.records import Routing
 from switchkit.registry import full_path
 from switchkit.spec import build, describe, described_data
 from switchkit.start import begin, later
-from switchkit.step import MicroBatch, NonFiniteError, Seen, Step, gradient_scale, weighted_means
+from switchkit.step import MicroBatch, NonFiniteError, Seen, Step, gradient_scale, warn_of_groups, weighted_means
 from switchkit.step_callback import StepCallback
 
 __all__ = ["LanguageModule"]
@@ -148,6 +148,9 @@ class LanguageModule(L.LightningModule):
         self._step.clear()
         if stage == "fit" and self._trainer is not None and self.global_step == 0:
             self.train_routing.reset()
+
+    def on_fit_start(self) -> None:
+        warn_of_groups(self, self.trainer.world_size)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

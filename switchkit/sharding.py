@@ -7,21 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint as recompute
 
 from switchkit.blocks import Block
-from switchkit.capacity.policies import Dropless
 from switchkit.layers import MoELayer
 from switchkit.parallel.exchange import Exchange
 from switchkit.parallel.experts import shard_experts, stacked
 from switchkit.parallel.mesh import Meshes, check_experts, sharded_dimension
 from switchkit.parallel.place import part_of
 
-__all__ = ["parallelize", "take_from_first", "take_part", "warn_of_batches"]
+__all__ = ["parallelize", "take_from_first", "take_part"]
 
 
 def parallelize(
@@ -98,14 +96,3 @@ def take_part(device: torch.device, value: Tensor, own: Tensor) -> None:
         own.to_local().copy_(part_of(there, own))
     else:
         own.copy_(there)
-
-
-def warn_of_batches(module: nn.Module, world: int) -> None:
-    """Say so where what is chosen or dropped depends on the number of devices."""
-    layers = [part for part in module.modules() if isinstance(part, MoELayer)]
-    bound = [m for m in layers if m.group == "batch" and (m.router.leaks or not isinstance(m.capacity, Dropless))]
-    if world > 1 and bound:
-        rank_zero_warn(
-            f"group='batch' decides over the batch of each device: {world} devices choose or drop otherwise than one "
-            "would. group='sequence' does not depend on the devices"
-        )

@@ -9,9 +9,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
-__all__ = ["MicroBatch", "NonFiniteError", "Seen", "Step", "gradient_scale", "weighted_means"]
+from switchkit.capacity.policies import Dropless
+from switchkit.layers import MoELayer
+
+__all__ = ["MicroBatch", "NonFiniteError", "Seen", "Step", "gradient_scale", "warn_of_groups", "weighted_means"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,19 @@ def weighted_means(batches: Sequence[MicroBatch]) -> dict[str, Float[Tensor, ""]
         dist.all_reduce(sums)
     means = sums[:-1] / sums[-1].clamp(min=1)
     return {name: mean.float() for name, mean in zip(names, means, strict=True)}
+
+
+def warn_of_groups(module: nn.Module, devices: int) -> None:
+    """Say so where what the layers of a module choose or drop depends on the number of devices."""
+    layers = [part for part in module.modules() if isinstance(part, MoELayer)]
+    groups = {m.group for m in layers if m.router.leaks or not isinstance(m.capacity, Dropless)} - {"sequence"}
+    if devices > 1 and groups:
+        ways = " and ".join(f"group={group!r}" for group in sorted(groups, key=str))
+        unless = "" if "batch" in groups else ", unless the number divides the tokens of that batch"
+        rank_zero_warn(
+            f"{ways} decides over the batch of each device: {devices} devices choose or drop otherwise than one "
+            f"would{unless}. group='sequence' does not depend on the devices"
+        )
 
 
 def _share(part: Int[Tensor, ""], whole: Int[Tensor, ""]) -> Float[Tensor, ""]:

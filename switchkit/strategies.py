@@ -29,7 +29,7 @@ from switchkit.parallel.mesh import Layout, Meshes, layout
 from switchkit.parallel.norm import clip_norm
 from switchkit.parallel.place import part_like, state_like
 from switchkit.registry import resolve
-from switchkit.sharding import parallelize, take_part, warn_of_batches
+from switchkit.sharding import parallelize, take_part
 from switchkit.start import Start, later
 
 __all__ = ["ExpertParallelStrategy", "draws_by_parts", "end_together"]
@@ -142,7 +142,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         module = self.lightning_module
         assert module is not None
-        warn_of_batches(module, self.world_size)
         parallelize(
             module, self.meshes, self.root_device, checkpointing=self.activation_checkpointing, compiling=self.compile
         )

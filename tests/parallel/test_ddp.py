@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -243,6 +244,14 @@ def infinite(rank: int, world: int, case: Case) -> tuple[str, bool]:
     except NonFiniteError as error:
         return str(error), all(bool(weight.isfinite().all()) for weight in model.parameters())
     return "nothing was raised", False
+
+
+def test_groups_that_the_devices_cut_are_warned_of_whatever_the_strategy() -> None:
+    net = partial(Case().net, allow_leak=True)
+    model = Case(net=net, moe=partial(MOE, group="batch", capacity=partial(Factor, train=1.0))).module()
+    model._trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="group='batch' decides over the batch of each device: 2 devices"):
+        model.on_fit_start()
 
 
 def test_a_term_that_is_infinite_on_one_rank_stops_all_ranks() -> None:

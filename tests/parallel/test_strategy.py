@@ -20,7 +20,7 @@ import switchkit.parallel
 import switchkit.strategies
 from switchkit import Balance, Dropless, ExpertChoice, Factor, MoELayer, TopK
 from switchkit.parallel import ExpertParallelStrategy
-from switchkit.sharding import warn_of_batches
+from switchkit.step import warn_of_groups
 from switchkit.strategies import ExpertParallelStrategy as Same
 
 TWO = partial(ExpertParallelStrategy, expert_parallel_size=2)
@@ -84,6 +84,12 @@ def test_all_start_from_the_first_and_gradients_travel_once_a_step() -> None:
     assert any("group='batch' decides over the batch of each device" in line for line in first["told"])
 
 
+NUMBER = (
+    "group=6 decides over the batch of each device: 2 devices choose or drop otherwise than one would, unless the "
+    "number divides the tokens of that batch. group='sequence' does not depend on the devices"
+)
+
+
 @pytest.mark.parametrize(
     ("router", "capacity", "warns"),
     [(TopK, Dropless, False), (TopK, Factor, True), (ExpertChoice, Dropless, True)],
@@ -93,11 +99,14 @@ def test_who_is_dropped_may_depend_on_the_devices(router: type, capacity: type, 
     layer = MoELayer(8, 4, d_ff=16, router=router, capacity=capacity, group="batch")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        warn_of_batches(layer, 2)
+        warn_of_groups(layer, 2)
         assert bool(told) == warns
         told.clear()
-        warn_of_batches(layer, 1)
+        warn_of_groups(layer, 1)
         assert not told
+        layer.group = 6
+        warn_of_groups(layer, 2)
+        assert [str(line.message) for line in told] == warns * [NUMBER]
 
 
 def half(rank: int, world: int, case: Case, precision: str) -> list[dict[str, float]]:
