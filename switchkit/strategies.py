@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -66,7 +67,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     Raises:
         ValueError: a size below 1, no positive timeout; at the start, sizes that do not divide the devices or the
             experts (names those that do), experts without stacked weights, torch's Adafactor, which needs whole
-            parameters.
+            parameters, callbacks that keep a copy of the whole model; at the start of `predict`, batches that are not
+            as many on every device.
 
     Source: the meshes of torchtitan; fully_shard (arXiv 2304.11277); expert parallelism of arXiv 2006.16668.
     """
@@ -126,11 +128,22 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         super()._setup_distributed()
+        self._check_callbacks()
         self.meshes = self.layout.meshes(self.root_device.type)
         # torch gives the groups of a mesh its own default.
         for group in [dist.group.WORLD, *self.meshes.whole_dense.get_all_groups(),
                       *self.meshes.whole_sparse.get_all_groups()]:  # fmt: skip
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_seconds), group)
+
+    def _check_callbacks(self) -> None:
+        """Before they are set up, which is where these copy the model."""
+        assert self.lightning_module is not None
+        for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} keeps a copy of the whole model, of which each device has a part here: "
+                    "leave the callback out, or take strategy ddp"
+                )
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.model is not None
@@ -160,6 +173,19 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         # torch's own clipping refuses gradients of several meshes.
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
+
+    def on_predict_start(self) -> None:
+        """All devices gather a block together: one with a batch more would wait for the others until the timeout."""
+        super().on_predict_start()
+        assert self.lightning_module is not None
+        counts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(counts, self.lightning_module.trainer.num_predict_batches)
+        if any(count != counts[0] for count in counts):
+            raise ValueError(
+                "predict needs as many batches on every device, as all compute each block together; got "
+                f"{', '.join(str(sum(count)) for count in counts)}: give a number of rows that the devices times the "
+                "batch size divide, or take one device, or strategy ddp"
+            )
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_norm(self.precision_plugin.main_params(optimizer), clip_val)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed import RankError, Ranks, run
 from equal import MOE, Case, Loader, alone, as_rank, whole, worst
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 
 import switchkit.parallel
@@ -185,6 +186,35 @@ def test_an_optimizer_of_whole_parameters_ends_every_rank_with_the_reason() -> N
         run(2, as_rank, Case(optimizer=torch.optim.Adafactor), TWO)
     with pytest.raises(RankError, match="in-place operations that require placement changes"):
         run(2, unchecked, Case(optimizer=torch.optim.Adafactor))
+
+
+def refused(rank: int, world: int, case: Case) -> list[str]:
+    """What is said of callbacks that copy the model, and of a share of five rows in batches of one."""
+    ends = []
+    for kind in (partial(EMAWeightAveraging, decay=0.9), partial(StochasticWeightAveraging, 0.01), None):
+        own = L.Trainer(
+            accelerator="cpu", strategy=ExpertParallelStrategy(timeout_seconds=15), devices=world,
+            plugins=[Ranks(rank, world)], callbacks=[kind()] if kind else [], max_epochs=2, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        )  # fmt: skip
+        rows = [{name: x[0] for name, x in batch[0].items()} for batch in case.batches()]
+        loader = torch.utils.data.DataLoader(rows, batch_size=1)  # type: ignore[arg-type]
+        try:
+            own.fit(case.module(), loader) if kind else own.predict(case.module(), loader)
+        except ValueError as error:
+            ends.append(str(error))
+    return ends
+
+
+def test_copies_of_the_model_and_uneven_predictions_end_every_rank_with_the_reason() -> None:
+    ranks = run(2, refused, Case(steps=5))
+    assert ranks[0] == ranks[1]
+    ema, swa, predict = ranks[0]
+    assert ema.startswith("EMAWeightAveraging keeps a copy of the whole model, of which each device has a part")
+    assert swa.startswith("StochasticWeightAveraging keeps a copy of the whole model")
+    assert predict.startswith(
+        "predict needs as many batches on every device, as all compute each block together; got 3, 2"
+    )
 
 
 def unchecked(rank: int, world: int, case: Case) -> None:
