@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -61,24 +62,26 @@ class EncodedPairs:
         """Tokens of the longer side."""
         return torch.maximum(self.source_length, self.target_length)
 
-    def batch(self, index: Int[Tensor, "B"]) -> dict[str, Tensor]:
+    def batch(self, index: Int[Tensor, "B"], among: Int[Tensor, "n"] | None = None) -> dict[str, Tensor]:
         """Pairs as a batch: `source` and `source_valid` [B, S]; `tokens`, `targets` and `valid` [B, T]; `language` and
         `example`, the pair's number [B].
 
         A source is prefix, sentence, end; targets are sentence, end; tokens are the start, then the targets but the
-        last one.
+        last one. S and T are the longest of the batch, or of the pairs `among` which it is.
         """
+        longest = index if among is None else among
+        S, T = int(self.source_length[longest].max()), int(self.target_length[longest].max())
         pad, start = self.encoder.pad_id, self.encoder.start_id
         pairs = list(zip(self.line[index].tolist(), self.language[index].tolist(), strict=True))
         sources = [self.encoder.source(self.sources[line], language) for line, language in pairs]
         targets = [self.encoder.target(self.targets[language][line]) for line, language in pairs]
         tokens = [torch.cat([target.new_tensor([start]), target[:-1]]) for target in targets]
         return {
-            "source": pad_sequence(sources, True, pad),
-            "source_valid": _valid(sources),
-            "tokens": pad_sequence(tokens, True, pad),
-            "targets": pad_sequence(targets, True, pad),
-            "valid": _valid(targets),
+            "source": _filled(sources, S, pad),
+            "source_valid": torch.arange(S) < self.source_length[index].unsqueeze(-1),
+            "tokens": _filled(tokens, T, pad),
+            "targets": _filled(targets, T, pad),
+            "valid": torch.arange(T) < self.target_length[index].unsqueeze(-1),
             "language": self.language[index],
             "example": index,
         }
@@ -196,5 +199,6 @@ def prefixes_of(tokenizer: Tokenizer, languages: Sequence[str], template: str | 
     return [torch.tensor([tokenizer.sentinels[-1 - index]]) for index in range(len(languages))]
 
 
-def _valid(rows: Sequence[Tensor]) -> Tensor:
-    return pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, False)
+def _filled(rows: list[Tensor], length: int, pad: int) -> Int[Tensor, "B length"]:
+    filled = pad_sequence(rows, True, pad)
+    return F.pad(filled, (0, length - filled.shape[1]), value=pad)

@@ -21,7 +21,8 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
     The pairs, sorted by their longer side, are cut into buckets of equal numbers. In each epoch a bucket is shuffled
     and cut into batches; what is left over goes into the bucket of the next longer ones, and what is left over there,
     less than one step, is left out of the epoch. Then the batches are shuffled. All of it is a function of `seed` and
-    the epoch alone. A step of several ranks is cut into shares of one size.
+    the epoch alone. A step of several ranks is cut into shares of one size, all filled up to the longest pair of the
+    step: the capacity of experts counts what fills up, and who is dropped must not depend on the ranks.
 
     Args:
         pairs: what to read.
@@ -79,13 +80,13 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
         return {"buckets": ", ".join(described), "seed": self.seed}
 
     def plan(self, generator: torch.Generator) -> list[Tensor]:
-        """The pairs of this rank's batches of an epoch."""
+        """The pairs of an epoch's steps, [ranks, B] each."""
         batches: list[Tensor] = []
         carried = torch.zeros(0, dtype=torch.long)
         for bucket, size in zip(self._buckets, self._sizes, strict=True):
             bucket = torch.cat([carried, bucket[torch.randperm(len(bucket), generator=generator)]])
             whole = len(bucket) // (size * self.world_size) * size * self.world_size
-            batches += bucket[:whole].view(-1, self.world_size, size)[:, self.rank]
+            batches += bucket[:whole].view(-1, self.world_size, size)
             carried = bucket[whole:]
         return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -93,11 +94,11 @@ class BucketedPairs(TrainingLoader[list[Tensor]]):
         """Tokens of a batch's `source` and `tokens`, padding counted: means over an epoch, the same for every seed."""
         plan = self.plan(torch.Generator().manual_seed(0))
         sides = self.pairs.source_length, self.pairs.target_length
-        source, tokens = (sum(len(rows) * int(side[rows].max()) for rows in plan) / len(plan) for side in sides)
+        source, tokens = (sum(step.shape[1] * int(side[step].max()) for step in plan) / len(plan) for side in sides)
         return source, tokens
 
     def batch(self, plan: list[Tensor], index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.pairs.batch(plan[index])
+        return self.pairs.batch(plan[index][self.rank], plan[index].flatten())
 
 
 class PairsInOrder:

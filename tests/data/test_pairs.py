@@ -157,6 +157,14 @@ def test_one_device_reads_the_steps_of_three(files: dict[str, str]) -> None:
     assert together == [read(batch) for batch in BucketedPairs(pairs, 12)]
 
 
+def test_shares_are_filled_up_as_the_whole_step_is(files: dict[str, str]) -> None:
+    pairs = pair_data(files).pairs("train")
+    ranks = [BucketedPairs(pairs, 4, buckets=1, rank=rank, world_size=3) for rank in range(3)]
+    for parts, whole in zip(zip(*ranks, strict=True), BucketedPairs(pairs, 12, buckets=1), strict=True):
+        for name, rows in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), rows), name
+
+
 # What is too long.
 
 
