@@ -16,7 +16,16 @@ from switchkit.experts.shared import Shared
 from switchkit.layers import MoELayer
 from switchkit.module import LanguageModule
 
-__all__ = ["How", "align", "check_how", "expert_of", "feed_forward_of", "feed_forwards_of", "stack_of"]
+__all__ = [
+    "How",
+    "align",
+    "check_how",
+    "expert_of",
+    "feed_forward_of",
+    "feed_forwards_of",
+    "stack_for_dense",
+    "stack_of",
+]
 
 How = Literal["mean", "usage", "most_used", "aligned"]
 Weights = Mapping[str, Tensor]
@@ -34,10 +43,27 @@ def stack_of(experts: nn.Module) -> dict[str, Tensor]:
     # Not a subclass: what it computes is not known.
     if type(routed) not in (Mlp, GatedMlp):
         raise ValueError(
-            f"experts of the kind {type(routed).__name__} cannot be merged: their weights are no stack of equal "
+            f"experts of the kind {type(routed).__name__} cannot be taken apart: their weights are no stack of equal "
             "feed-forward experts. That is possible with mlp, gated_mlp, and shared over these"
         )
     return {name: weight.detach() for name, weight in routed.named_parameters()}
+
+
+def stack_for_dense(experts: nn.Module) -> dict[str, Tensor]:
+    """`stack_of` experts that a dense `FeedForward` can express, the mixture of whose copies it is.
+
+    Raises:
+        ValueError: another kind, biases, shared experts mixed by a gate.
+    """
+    stack = stack_of(experts)
+    if "b1" in stack:
+        raise ValueError("these experts have biases, and a dense FeedForward has none: it cannot express them")
+    if isinstance(experts, Shared) and experts.how != "sum":
+        raise ValueError(
+            f"shared experts with mix={experts.how!r} are weighted by each token, which a dense FeedForward cannot "
+            "express; mix 'sum' can be merged"
+        )
+    return stack
 
 
 def align(reference: Weights, experts: Weights) -> dict[str, Tensor]:
@@ -127,16 +153,8 @@ def feed_forward_of(
         ImportError: "aligned" without SciPy.
     """
     experts = layer.experts
-    stack = stack_of(experts)
-    if "b1" in stack:
-        raise ValueError("these experts have biases, and a dense FeedForward has none: it cannot express them")
-    one = expert_of(stack, how, usage=usage, gate=gate)
+    one = expert_of(stack_for_dense(experts), how, usage=usage, gate=gate)
     if isinstance(experts, Shared):
-        if experts.how != "sum":
-            raise ValueError(
-                f"shared experts with mix={experts.how!r} are weighted by each token, which a dense FeedForward cannot "
-                "express; mix 'sum' can be merged"
-            )
         always = {name: weight[0] for name, weight in stack_of(experts.shared).items()}
         one = _side_by_side(one, always)
     if _is_gated(one):

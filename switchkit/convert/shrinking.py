@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.convert.measuring import ExpertUse, Measured
-from switchkit.convert.merging import How, check_how, expert_of, stack_of
+from switchkit.convert.merging import How, check_how, expert_of, stack_for_dense, stack_of
 from switchkit.convert.rebuilding import moe_layers, net_arguments, rebuilt
 from switchkit.experts.shared import Shared
-from switchkit.layers import MoELayer
+from switchkit.layers import FeedForward, MoELayer
 from switchkit.module import LanguageModule
 
 __all__ = ["By", "check_shrinks", "groups_of", "kept_experts", "merge", "prune", "rescale"]
@@ -165,8 +165,9 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
     What is known before anything is measured; `prune`, `merge` and `to_dense` ask it themselves.
 
     Raises:
-        ValueError: a dense model, sparse attention, a number out of range, or one that the devices of a loss cannot
-            share out, experts of several widths.
+        ValueError: a dense model, sparse attention, experts that cannot be taken apart; with a number: one out of
+            range, or that the devices of a loss cannot share out, experts of several widths, a router without a part
+            for each; without: experts that no dense layer expresses, dense layers of a class of one's own.
     """
     layers = moe_layers(module)
     if not layers:
@@ -177,8 +178,11 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
                 f"{name} is sparse attention, whose experts this cannot take out: only feed-forward layers"
             )
     if count is None:
+        _check_dense(module, layers)
         return layers
     for name, layer in layers.items():
+        stack_of(layer.experts)
+        _router_rows(layer)
         groups, top_groups = _groups(layer)
         least = -(-layer.router.k // top_groups) * groups
         if least > layer.num_experts - groups:
@@ -203,6 +207,19 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
                 f"leave a multiple of {devices}"
             )
     return layers
+
+
+def _check_dense(module: LanguageModule, layers: Mapping[str, MoELayer]) -> None:
+    """Refuses experts that no `FeedForward` expresses, and dense layers beside them that none can stand for."""
+    for layer in layers.values():
+        stack_for_dense(layer.experts)
+    for name, part in module.net.named_modules():
+        # Not a subclass: what it computes is not known.
+        if name.endswith(".mlp") and name not in layers and type(part) is not FeedForward:
+            raise ValueError(
+                f"{name} is a {type(part).__name__}, another kind of dense layer than the FeedForward that is made of "
+                "experts: a model has one kind"
+            )
 
 
 def _groups(layer: MoELayer) -> tuple[int, int]:

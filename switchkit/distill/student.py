@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from switchkit.convert.measuring import measure
 from switchkit.convert.merging import How, feed_forwards_of
 from switchkit.experts.shared import Shared
-from switchkit.layers import MoELayer
+from switchkit.layers import FeedForward, MoELayer
 from switchkit.module import LanguageModule
 
 __all__ = ["Inherited", "Init", "inherit", "inherit_experts", "outside"]
@@ -82,7 +82,7 @@ def inherit_experts(
         so_far: what `inherit` did.
 
     Raises:
-        ValueError: another word for `how`, no batch, experts that cannot be merged, layers of another width or
+        ValueError: another word for `how`, no batch, experts that cannot be merged, layers of another class, width or
             activation.
     """
     if how not in get_args(How):
@@ -92,6 +92,12 @@ def inherit_experts(
         place = _module(student, name)
         if place is None or isinstance(place, MoELayer):
             continue
+        # Not a subclass: what it computes is not known.
+        if type(place) is not FeedForward:
+            raise ValueError(
+                f"init {how!r}: the student's {name} is a {type(place).__name__}, and what is made of experts is a "
+                "FeedForward: take init non_expert, or a student with feed_forward FeedForward"
+            )
         own = place.state_dict(keep_vars=True)
         theirs = {key: list(value.shape) for key, value in weights.items()}
         if {key: list(value.shape) for key, value in own.items()} != theirs:
@@ -100,7 +106,7 @@ def inherit_experts(
                 f"{ {key: list(value.shape) for key, value in own.items()} }: take init non_expert, or a student with "
                 "layers of the experts' width"
             )
-        ours, wanted = getattr(place, "activation", None), _activation(teacher.net.get_submodule(name))
+        ours, wanted = place.activation, _activation(teacher.net.get_submodule(name))
         if ours != wanted:
             raise ValueError(
                 f"init {how!r}: the experts of {name} have the activation {wanted}, and the student's layer there "

@@ -168,8 +168,8 @@ def test_dtypes_stay(dtype: torch.dtype) -> None:
 
 def test_what_cannot_be_expressed_is_refused() -> None:
     for experts, why in (
-        (Null, "kind Null cannot be merged"),
-        (Mixed, "kind Mixed cannot be merged"),
+        (Null, "kind Null cannot be taken apart"),
+        (Mixed, "kind Mixed cannot be taken apart"),
         (partial(Mlp, bias=True), "have biases"),
         (partial(Shared, mix="gate"), "mix='gate' are weighted by each token"),
     ):

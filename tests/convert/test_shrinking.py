@@ -19,6 +19,7 @@ from switchkit import (
     LanguageModule,
     Mlp,
     MoELayer,
+    Null,
     Shared,
     Sigmoid,
     Switch,
@@ -27,7 +28,7 @@ from switchkit import (
 from switchkit.convert.comparing import change
 from switchkit.convert.densifying import to_dense
 from switchkit.convert.measuring import ExpertUse, Measured, assumed, measure
-from switchkit.convert.shrinking import groups_of, kept_experts, merge, prune, rescale
+from switchkit.convert.shrinking import check_shrinks, groups_of, kept_experts, merge, prune, rescale
 from switchkit.convert.upcycling import upcycle
 from switchkit.layers import FeedForward
 from switchkit.losses.devices import CommunicationBalance, DeviceBalance
@@ -337,6 +338,38 @@ def test_models_that_cannot_shrink_are_refused() -> None:
     mixed = module_of(moe=partial(TOP2, experts=GatedMlp))
     with pytest.raises(ValueError, match="several kinds \\(relu, silu gated\\)"):
         to_dense(mixed, measured(mixed))
+
+
+class Squared(FeedForward):
+    """Dense layers of one's own: of the same weights it computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu().square())
+
+
+def test_dense_layers_of_a_class_of_ones_own_are_not_replaced() -> None:
+    net = partial(NETS["decoder"], sparse=[1], feed_forward=Squared)
+    module = LanguageModule(net, moe=TOP2, vocab_size=V)
+    with pytest.raises(ValueError, match="blocks.0.mlp is a Squared, another kind of dense layer"):
+        to_dense(module, measured(module))
+
+
+@pytest.mark.parametrize(
+    ("moe", "counts", "why"),
+    [
+        (partial(MoELayer, router=Hash), [3], "Hash holds nothing for each expert"),
+        (partial(TOP2, experts=Null), [3, None], "kind Null cannot be taken apart"),
+        (partial(TOP2, experts=partial(Mlp, bias=True)), [None], "these experts have biases"),
+        (partial(TOP2, experts=partial(Shared, experts=Mlp, width=7, mix="gate")), [None], "with mix='gate' are"),
+    ],
+    ids=["router", "kind", "bias", "gate"],
+)
+def test_what_cannot_be_made_is_known_before_anything_is_measured(
+    moe: partial, counts: list[int | None], why: str
+) -> None:
+    for count in counts:
+        with pytest.raises(ValueError, match=why):
+            check_shrinks(module_of(moe=moe), count)
 
 
 @pytest.mark.parametrize("router", [Hash, Random, RoundRobin])

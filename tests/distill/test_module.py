@@ -357,6 +357,17 @@ def test_experts_of_another_activation_are_not_merged_into_a_layer(tmp_path):
     assert torch.allclose(own.eval()(x), use.gate * torch.nn.functional.silu(x @ w1) @ w2, atol=1e-5)
 
 
+class Squared(FeedForward):
+    def forward(self, x):
+        return self.down(self.up(x).relu().square())
+
+
+def test_nor_into_one_of_a_class_of_one_s_own(taught, tmp_path):
+    pupil = student(tmp_path, init="mean", net=partial(TWIN, feed_forward=Squared))
+    with pytest.raises(ValueError, match="the student's blocks.0.mlp is a Squared"):
+        pupil.initialize([batch(tmp_path)])
+
+
 @pytest.mark.parametrize("init", ["non_expert", "mean", "usage"])
 def test_a_student_begins_alike_whatever_its_teacher_is_kept_in(taught, tmp_path, init):
     """With the weights of the file, and not with them rounded."""
