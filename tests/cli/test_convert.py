@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from switchkit import LanguageModule
+from switchkit import ByteTokenizer, CharTokenizer, Decoder, EncoderDecoder, LanguageModule
 from switchkit.cli import main
+from switchkit.cli.conversion import Conversion
 
 # Of Lightning and jsonargparse, as in every run.
 pytestmark = [
@@ -140,6 +142,21 @@ def test_a_checkpoint_that_is_not_there(folder: Path, run, given: str, told: str
     code, _, error = run("prune", given, "--keep", "2", "--out", "other.ckpt")
     assert code == 2
     assert told in error
+
+
+@pytest.mark.parametrize(
+    ("net", "tokenizer", "data"),
+    [
+        (partial(Decoder, context=8), CharTokenizer("ab"), "TextData --data.path FILE"),
+        (EncoderDecoder, ByteTokenizer(), "SpanData --data.path FILE"),
+        (EncoderDecoder, CharTokenizer("ab"), "PairData --data.source FILE --data.target FILE"),
+    ],
+    ids=["decoder", "sentinels", "none"],
+)
+def test_without_data_the_command_to_go_on_with_names_some_that_the_model_reads(net, tokenizer, data: str) -> None:
+    module = LanguageModule(partial(net, d_model=8, num_heads=2, d_ff=8, num_experts=2), tokenizer=tokenizer)
+    work = Conversion(Path("in.ckpt"), Path("made.ckpt"), module, None, None)
+    assert work.go_on == f"switchkit fit --ckpt_path made.ckpt --data {data} --trainer.max_steps 1000"
 
 
 def test_a_folder_of_hugging_face_is_to_be_imported_first(folder: Path, run) -> None:
