@@ -112,7 +112,8 @@ def upcycle(
         into = up if gate is None else torch.cat([gate, up])
         w1, w2 = (weight.t().expand(num_experts, *weight.t().shape).clone() for weight in (into, down))
         _redraw(w1, w2, drop)
-        for weight in (w1, w2) if noise else ():
+        # Gate and values lie side by side in w1, and are matrices of their own.
+        for weight in (*w1.split(w2.shape[1], dim=-1), w2) if noise else ():
             weight += noise * weight.float().std().to(weight.dtype) * torch.randn_like(weight)
         w1, w2 = _cut(w1, w2, granularity)
         state[f"net.{name}.experts.w1"] = w1

@@ -110,10 +110,16 @@ def test_a_switch_router_dips_a_little_and_less_when_tiny(module: LanguageModule
     assert 0.0005 < first(made).router.weight.std() < 0.002
 
 
-def test_noise_is_measured_in_deviations_of_the_matrix() -> None:
-    module = dense(partial(DECODER, d_ff=240))
-    layer, old = first(upcycle(module, noise=0.1)), module.net.blocks[0].mlp
-    for weight, copied in ((layer.experts.w1, old.up.weight.t()), (layer.experts.w2, old.down.weight.t())):
+@pytest.mark.parametrize("gated", [False, True])
+def test_noise_is_measured_in_deviations_of_the_matrix(gated: bool) -> None:
+    module = dense(partial(DECODER, d_ff=240, feed_forward=GATED if gated else FeedForward))
+    old = module.net.blocks[0].mlp
+    into = [old.gate.weight, old.up.weight] if gated else [old.up.weight]
+    with torch.no_grad():
+        into[0] *= 0.04
+    layer = first(upcycle(module, noise=0.1))
+    halves = layer.experts.w1.split(240, dim=-1)
+    for weight, copied in zip([*halves, layer.experts.w2], [w.t() for w in [*into, old.down.weight]], strict=True):
         noise = (weight - copied).detach()
         assert float(noise.std() / copied.std().detach()) == pytest.approx(0.1, rel=0.05)
         assert len(noise.flatten(1).unique(dim=0)) == 8
