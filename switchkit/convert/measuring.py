@@ -164,9 +164,21 @@ def _sums(routing: Routing) -> list[Tensor]:
     arrived = sum_weights(replace(routing, chosen=kept_ones(routing), asked=None))
     tokens = count_tokens(routing)
     # The kept weights of a token sum to `scale` there, so that what it would have without drops is no longer in them.
-    undropped = routing.scale * tokens if routing.renormalize else sum_weights(routing).sum()
+    undropped = routing.scale * tokens if routing.renormalize else sum_weights(_unmoved(routing)).sum()
     parts = [load(routing), arrived, tokens, logits.t() @ logits, undropped]
     return [part.double().cpu() for part in parts]
+
+
+def _unmoved(routing: Routing) -> Routing:
+    """With the weights of the experts that the router chose, where overflow has those of the experts it went to."""
+    if routing.asked is None:
+        return routing
+    wanted, found = (
+        routing.probs.double().flatten(1).gather(1, routing.token * routing.probs.shape[-1] + expert)
+        for expert in (routing.asked, routing.expert)
+    )
+    back = routing.weight * wanted / found.clamp(min=torch.finfo(found.dtype).tiny)
+    return replace(routing, weight=torch.where(routing.asked == routing.expert, routing.weight, back))
 
 
 def _use(name: str, load: Tensor, weight: Tensor, tokens: Tensor, gram: Tensor, undropped: Tensor) -> ExpertUse:

@@ -17,6 +17,7 @@ from switchkit import (
     Hash,
     LanguageModule,
     MoELayer,
+    NoTokenLeftBehind,
     Sigmoid,
     Switch,
     TopK,
@@ -28,8 +29,9 @@ V = 11
 TIGHT = partial(Factor, train=1.0, eval=0.6)
 
 
-def decoder(router: partial, **more) -> LanguageModule:
+def decoder(router: partial, *, allow_leak: bool = False, **more) -> LanguageModule:
     net = partial(Decoder, d_model=8, num_layers=2, num_heads=2, d_ff=12, num_experts=3, context=10, sparse="every(1)")
+    net = partial(net, allow_leak=allow_leak)
     return LanguageModule(net, moe=partial(MoELayer, router=router, **more), vocab_size=V)
 
 
@@ -100,6 +102,19 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
         table = torch.stack(logits).double()
         cosine = F.cosine_similarity(table.t()[:, None], table.t()[None], dim=-1)
         torch.testing.assert_close(use.alike, cosine, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", [partial(Switch, init_std=3.0), partial(TopK, k=2, normalize="never", init_std=3.0)])
+def test_overflow_that_went_elsewhere_counts_as_if_it_had_not(router: partial) -> None:
+    """What its expert would weigh does not depend on the room that there was."""
+    more = {"capacity": partial(NoTokenLeftBehind, train=1.0, eval=1.0)}
+    module, (data, *_) = decoder(router, allow_leak=True, **more), batches()
+    found = measure(module, [data]).layers[0]
+    for layer in module.net.blocks:
+        layer.mlp.capacity.eval = None
+    free = measure(module, [data]).layers[0]
+    assert found.gate < free.gate
+    assert found.gate_undropped == pytest.approx(free.gate_undropped, rel=1e-5)
 
 
 def test_the_model_stays_as_it_was() -> None:
