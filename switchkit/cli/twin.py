@@ -72,7 +72,11 @@ def twin_recipe(cli: ModelOnly, match: Match) -> tuple[dict[str, Any], list[str]
         found = type(module.net).__name__
         raise UserError(f"model.net: the twin of a Decoder or EncoderDecoder is known, not of a {found}")
     tree = cli.tree
-    dense = dense_spec(tree["model"], match=match, vocab_size=module.net.vocab_size, context=context_of(cli))
+    given = tree["model"].get("init_args") or {}
+    # The student of a teacher follows from it where none is named.
+    net = given.get("net") or module.spec["init_args"]["net"]
+    spec = {**tree["model"], "init_args": {**given, "net": net}}
+    dense = dense_spec(spec, match=match, vocab_size=module.net.vocab_size, context=context_of(cli))
     del dense["init_args"]["moe"]
     left_out = [f"the loss {name_of(type(term))}" for term in module.losses]
     trainer = dict(tree.get("trainer") or {})

@@ -13,6 +13,7 @@ from switchkit.cli.lightning import build
 from switchkit.cli.recipes import dump_yaml, load_yaml
 from switchkit.cli.settings import compose
 from switchkit.counts import count
+from switchkit.interop.files import save_checkpoint
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
 pytestmark = [
@@ -133,6 +134,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, argv, told):
     assert told in line
     assert sorted(Path().iterdir()) == before
     assert Path("text.txt").read_text() == text
+
+
+def test_a_student_that_follows_from_its_teacher_is_dense_already(run):
+    save_checkpoint(build(SMALL).model, Path("teacher.ckpt"))
+    given = ["-c", "distill", "--model.teacher", "teacher.ckpt", "--data", "TextData", "--data.path", "text.txt"]
+    code, out, err = run("describe", *given, "--data.context", "16", "--twin", "flops")
+    assert (code, out) == (2, "")
+    assert "this model is dense already" in err
 
 
 def test_help_names_it(run):
