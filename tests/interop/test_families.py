@@ -44,6 +44,7 @@ CASES = [
     ("qwen2_moe", {"mlp_only_layers": [9]}, r"mlp_only_layers=\[9\]: must be a list of layers, 0 to 2"),
     ("qwen2_moe", {"mlp_only_layers": "all"}, "must be a list of layers"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2: dense blocks between sparse ones"),
+    ("mixtral", {"moe_layer_freq": 2}, "moe_layer_freq=2: dense blocks between sparse ones"),
     ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads=1: latent attention"),
     ("deepseek_v3", {"n_group": 3}, "groups=3 must divide num_experts=8"),
     ("deepseek_v3", {"attention_bias": True}, "attention_bias=True"),

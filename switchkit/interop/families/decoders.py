@@ -52,6 +52,7 @@ def base_options(config: Config, tied: bool, context: int | None, window: int | 
     for bias in ("attention_bias", "mlp_bias"):
         if config.flag(bias, default=False):
             config.refuse(bias, "there is no such bias here")
+    config.only("moe_layer_freq", (1,), "dense blocks between sparse ones are not built here")
     return {
         "d_model": config.integer("hidden_size"),
         "num_layers": config.count("num_hidden_layers"),

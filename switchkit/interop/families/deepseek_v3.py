@@ -26,7 +26,6 @@ __all__ = ["FAMILY"]
 
 def plan(config: Config, tied: bool, context: int | None) -> Plan:
     options = decoders.base_options(config, tied, context)
-    config.only("moe_layer_freq", (1,), "dense blocks between sparse ones are not built here")
     config.only("num_key_value_heads", (options["num_heads"],), "latent attention has as many as num_attention_heads")
     attention = partial(
         LatentAttention,
