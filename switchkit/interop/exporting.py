@@ -59,7 +59,7 @@ def export_hf(
 
     Args:
         module: a module around a `Decoder` or an `EncoderDecoder`.
-        folder: where to; it must not exist, or be empty.
+        folder: where to; it must not exist, or be empty, and not the working directory.
         family: a `model_type`, where several fit; null: the first that fits.
         like: a config.json that says what a model does not know, the ids of special tokens; null: that of the files
             it was imported from, or else the tokenizer's.
@@ -74,7 +74,10 @@ def export_hf(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1 byte; got {shard_size}")
-    target = Path(folder).expanduser()
+    # It is made beside what is there, which takes the place of a link too.
+    target = Path(folder).expanduser().resolve()
+    if target == Path.cwd().resolve():
+        raise ValueError(f"{folder} is the working directory, whose place no other can take: name a folder in it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty: name another folder, or remove it first")
     if not target.parent.is_dir():

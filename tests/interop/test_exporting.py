@@ -238,7 +238,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, like: dict) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_are_not_overwritten(saved, tmp_path) -> None:
+def test_folders_are_not_overwritten(saved, tmp_path, monkeypatch) -> None:
     module = import_hf(saved("llama").folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").touch()
@@ -251,8 +251,13 @@ def test_folders_are_not_overwritten(saved, tmp_path) -> None:
         export_hf(module, tmp_path / "nowhere/m")
     with pytest.raises(ValueError, match="shard_size must be at least 1 byte; got 0"):
         export_hf(module, tmp_path / "m", shard_size=0)
-    export_hf(module, tmp_path / "empty")
-    assert sorted(os.listdir(tmp_path)) == ["empty", "full"]
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"\. is the working directory"):
+        export_hf(module, ".")
+    monkeypatch.chdir(tmp_path)
+    export_hf(module, tmp_path / "link")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "full", "link"]
     assert {file.name for file in (tmp_path / "empty").iterdir()} == {
         "config.json",
         "generation_config.json",
