@@ -23,11 +23,13 @@ TOLD_BY_PARTS = frozenset(
 )
 """Of a whole model; its layers, or the shapes of their weights, say the same."""
 LENGTHS = (1, 2, 7, 64, 100, 1000)
+NO_LIMITS = [None] * len(LENGTHS)
 
 
 def differences(ours: nn.Module, theirs: nn.Module) -> Iterator[str]:
     """What `ours` has and `theirs` has not, or otherwise, in anything that tells in evaluation; shapes apart."""
     others = dict(theirs.named_modules())
+    free = {layer.router for layer in ours.modules() if isinstance(layer, MoELayer) and _limits(layer) == NO_LIMITS}
     for name, part in ours.named_modules():
         where = name or "the model"
         other = others.pop(name, None)
@@ -37,15 +39,19 @@ def differences(ours: nn.Module, theirs: nn.Module) -> Iterator[str]:
         if type(part) is not type(other):
             yield f"{where} is a {type(part).__name__} instead of a {type(other).__name__}"
             continue
-        yield from _settings(where, part, other)
+        yield from _settings(where, part, other, free=part in free)
     yield from (f"there is no {name} ({type(part).__name__})" for name, part in others.items())
 
 
-def _settings(where: str, part: nn.Module, other: nn.Module) -> Iterator[str]:
+def _settings(where: str, part: nn.Module, other: nn.Module, *, free: bool) -> Iterator[str]:
+    """`free`: of a router whose experts have room for all."""
     left, right = _plain(part), _plain(other)
+    if free and left.get("normalize") == "after":
+        # The sum of those that found room is that of all.
+        left["normalize"] = "before"
     if isinstance(part, MoELayer) and isinstance(other, MoELayer):
         yield from _capacities(where, part, other)
-        if _limits(part) == _limits(other) == [None] * len(LENGTHS):
+        if _limits(part) == _limits(other) == NO_LIMITS:
             # Without a capacity there is nothing to count over, and nothing is dropped.
             left, right = ({n: v for n, v in x.items() if n not in ("group", "dropped")} for x in (left, right))
     for name in sorted((left.keys() | right.keys()) - (TOLD_BY_PARTS if where == "the model" else set())):
@@ -57,7 +63,7 @@ def _capacities(where: str, part: MoELayer, other: MoELayer) -> Iterator[str]:
     mine, wanted = _limits(part), _limits(other)
     if mine != wanted:
         yield f"{where}.capacity is {_told(mine)} instead of {_told(wanted)} in evaluation"
-    elif mine != [None] * len(LENGTHS):
+    elif mine != NO_LIMITS:
         if type(part.capacity).place is not type(other.capacity).place:
             yield f"{where}.capacity is a {type(part.capacity).__name__}, which sends overflow elsewhere"
         if part.capacity.order != other.capacity.order:

@@ -191,7 +191,9 @@ def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, make, to
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("normalize", [None, "never"])
+@pytest.mark.parametrize(
+    ("softmax", "normalize"), [("after", None), ("after", "never"), ("after", "after"), ("before", "after")]
+)
 @pytest.mark.parametrize(
     ("family", "attention"),
     [
@@ -200,8 +202,9 @@ def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, make, to
         ("qwen3_moe", partial(Attention, qk_norm="head")),
     ],
 )
-def test_a_softmax_after_the_choice_is_a_normalised_one_before(tmp_path, family: str, attention, normalize) -> None:
-    router = partial(TopK, softmax="after", normalize=normalize)
+def test_a_sum_of_one_is_a_normalised_softmax_before(tmp_path, family: str, attention, softmax, normalize) -> None:
+    """Whatever makes it so where nothing is dropped."""
+    router = partial(TopK, softmax=softmax, normalize=normalize)
     module = decoder(
         moe=partial(MoELayer, router=router, experts=GatedMlp), attention=attention, sparse=[0, 1, 2], num_experts=4
     )

@@ -219,8 +219,8 @@ def first_sparse(net: nn.Module, family: str, router: type[nn.Module]) -> tuple[
 
 
 def normalized(router: TopK) -> bool:
-    """Whether a token's weights are divided by their sum before anything is dropped; a softmax after the choice is."""
-    return router.normalize == "before" or router.softmax == "after"
+    """Whether a token's weights are divided by their sum where nothing is dropped; a softmax after the choice is."""
+    return router.normalize != "never" or router.softmax == "after"
 
 
 def balance_weight(losses: Sequence[Loss], default: float) -> float:
