@@ -16,7 +16,7 @@ from switchkit.dispatch.base import Dispatcher, DispatcherFactory, sum_choices
 from switchkit.dispatch.sorted import Sorted
 from switchkit.experts.base import ACTIVATIONS, Activation, Experts, ExpertsFactory, check, init_linear
 from switchkit.experts.feed_forward import Mlp
-from switchkit.records import Routing
+from switchkit.records import Routing, undropped_weights
 from switchkit.registry import named
 from switchkit.routing.base import Router, RouterFactory, full_precision
 from switchkit.routing.token_choice import Switch
@@ -43,8 +43,8 @@ class MoELayer(nn.Module):
         group: tokens that share an expert's capacity: "sequence" (independent of the batch, and causal), "batch", or a
             number of consecutive tokens.
         dropped: what a dropped assignment contributes: "zero", so that only the residual remains; "input", the token
-            itself where none of its assignments was kept; "weighted_input", the token times the assignment's weight
-            (labml).
+            itself where none of its assignments was kept; "weighted_input", the token times the weight that the
+            assignment has where nothing is dropped (labml).
         granularity: pieces that each expert is cut into: the layer then has ``num_experts * granularity`` experts of
             width ``d_ff / granularity`` (fine-grained segmentation, arXiv 2401.06066, section 3.1). The parameters stay
             as many; so do the operations when the router's k grows by the same factor.
@@ -198,7 +198,7 @@ class MoELayer(nn.Module):
         """What dropped assignments bring back when it is not zero."""
         assert routing.kept is not None
         if self.dropped == "weighted_input":
-            share = routing.weight.masked_fill(routing.kept | ~routing.chosen, 0)
+            share = undropped_weights(routing).masked_fill(routing.kept | ~routing.chosen, 0)
             return sum_choices(share.reshape(-1, 1), routing).to(tokens.dtype) * tokens
         # A group of one token may have one value for all its choices.
         kept = sum_choices(routing.kept.reshape(-1, 1).to(tokens.dtype), routing)

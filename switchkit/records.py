@@ -67,6 +67,8 @@ class Routing:
     """Kept assignments per expert, where that is not the load up to the capacity (overflow elsewhere, more drops)."""
     asked: Int[Tensor, "G N"] | None = None
     """The expert that the router chose, where overflow went elsewhere; None: `expert`. Balance losses read this one."""
+    given: Float[Tensor, "G N"] | None = None
+    """The weight that the router gave, where the capacity policy changed it; None: `weight`."""
     share: Float[Tensor, "G N"] | None = None
     """Part of the token in its slot, where slots are mixtures of tokens (Soft MoE); None: 1."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -125,10 +127,12 @@ __all__ += [
     "experts_of",
     "kept_ones",
     "mean_entropy",
+    "normalized",
     "spans",
     "sum_probs",
     "sum_weights",
     "target_k",
+    "undropped_weights",
 ]
 
 
@@ -223,9 +227,28 @@ def sum_probs(routing: Routing, per: Per = "batch") -> Float[Tensor, "rows E"]:
 
 def sum_weights(routing: Routing) -> Float[Tensor, "E"]:
     """Sum of the weights of the chosen assignments of each expert that the router chose, before the drop."""
-    weight = routing.weight.masked_fill(~routing.chosen, 0)
+    weight = undropped_weights(routing).masked_fill(~routing.chosen, 0)
     expert = asked_expert(routing).masked_fill(~routing.chosen, 0)
     return weight.new_zeros(routing.logits.shape[-1]).scatter_add(0, expert.flatten(), weight.flatten())
+
+
+def undropped_weights(routing: Routing) -> Float[Tensor, "G N"]:
+    """The weights that the assignments would have if every one were kept by the expert that the router chose."""
+    if routing.given is None:
+        return routing.weight
+    return normalized(routing, routing.given, routing.chosen) if routing.renormalize else routing.given
+
+
+def normalized(routing: Routing, weight: Float[Tensor, "G N"], among: Bool[Tensor, "G N"]) -> Float[Tensor, "G N"]:
+    """`weight` divided by the sum of its token's assignments in `among`, where that is above 0, times `scale`."""
+    counted = weight.masked_fill(~among, 0)
+    if routing.k is not None:
+        total = counted.view(*routing.valid.shape, routing.k).sum(-1)
+    else:
+        total = torch.zeros_like(routing.logits[..., 0]).scatter_add(-1, routing.token, counted)
+    total = total.gather(-1, routing.token)
+    weight = weight / torch.where(total > 0, total, 1)
+    return weight if routing.scale == 1 else routing.scale * weight
 
 
 def mean_entropy(routing: Routing) -> Float[Tensor, ""]:

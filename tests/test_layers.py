@@ -17,6 +17,7 @@ from switchkit import (
     Cosine,
     Dropless,
     Einsum,
+    Experts,
     Factor,
     GatedMlp,
     Hash,
@@ -135,6 +136,22 @@ def test_groups_of_one_token_bring_back_what_was_dropped(dropped: str, training:
     y, _ = layer(x, valid)
     alone = torch.cat([layer(x[[0]])[0], torch.zeros(1, 1, 8), layer(x[[2]])[0]])
     torch.testing.assert_close(y, alone)
+
+
+def test_a_dropped_choice_comes_back_with_its_own_weight() -> None:
+    """Not with its weight over that of the kept ones, which may be many times the token."""
+
+    class Nothing(Experts):
+        def forward(self, rows):
+            return torch.zeros_like(rows.x)
+
+    build = partial(MoELayer, 8, 4, d_ff=6, router=partial(TopK, k=2, normalize="after"), experts=Nothing)
+    free, tight = build(), build(capacity=partial(Factor, train=0.3), dropped="weighted_input")
+    tight.router.load_state_dict(free.router.state_dict())
+    x = torch.randn(1, 9, 8)
+    y, r = tight(x)
+    weight = free(x)[1].weight.masked_fill(r.kept, 0).view(1, 9, 2).sum(-1, keepdim=True)
+    torch.testing.assert_close(y, weight * x)
 
 
 @pytest.mark.parametrize("router", [Switch, partial(TopK, k=2)])

@@ -7,11 +7,11 @@ from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from switchkit.kernels.usable import usable
-from switchkit.records import Routing
+from switchkit.records import Routing, normalized
 
 __all__ = [
     "CapacityFactory",
@@ -169,16 +169,8 @@ def renormalize(routing: Routing) -> Routing:
     if not routing.renormalize:
         return routing
     assert routing.kept is not None
-    total = _per_token(routing.weight.masked_fill(~routing.kept, 0), routing).gather(-1, routing.token)
-    weight = routing.weight / torch.where(total > 0, total, 1)
-    return replace(routing, weight=weight if routing.scale == 1 else routing.scale * weight)
-
-
-def _per_token(values: Float[Tensor, "G N"], routing: Routing) -> Float[Tensor, "G S"]:
-    """Sum over each token's assignments."""
-    if routing.k is not None:
-        return values.view(*routing.valid.shape, routing.k).sum(-1)
-    return torch.zeros_like(routing.logits[..., 0]).scatter_add(-1, routing.token, values)
+    given = routing.weight if routing.given is None else routing.given
+    return replace(routing, weight=normalized(routing, routing.weight, routing.kept), given=given)
 
 
 def check_order(order: Order) -> Order:

@@ -85,7 +85,8 @@ class NoTokenLeftBehind(Factor):
         tiny = torch.finfo(old.dtype).tiny
         weight = torch.where(moved, routing.weight * new / old.clamp(min=tiny), routing.weight)
         expert = torch.where(kept, expert, routing.expert)
-        return replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken, asked=routing.expert)
+        sent = replace(asked, expert=expert, weight=weight, slot=slot, kept=kept, taken=taken)
+        return replace(sent, asked=routing.expert, given=routing.weight)
 
 
 def _next_best(

@@ -14,7 +14,7 @@ from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
 from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
-from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights
+from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights, undropped_weights
 
 __all__ = ["ExpertUse", "Measured", "assumed", "measure", "weight_of_every_token"]
 
@@ -160,25 +160,10 @@ def _alike(layer: MoELayer) -> Float[Tensor, "E E"]:
 def _sums(routing: Routing) -> list[Tensor]:
     """What adds up over batches."""
     logits = routing.logits.double().masked_fill(~routing.valid.unsqueeze(-1), 0).flatten(0, 1)
-    routing = replace(routing, weight=routing.weight.double())
-    arrived = sum_weights(replace(routing, chosen=kept_ones(routing), asked=None))
-    tokens = count_tokens(routing)
-    # The kept weights of a token sum to `scale` there, so that what it would have without drops is no longer in them.
-    undropped = routing.scale * tokens if routing.renormalize else sum_weights(_unmoved(routing)).sum()
-    parts = [load(routing), arrived, tokens, logits.t() @ logits, undropped]
+    kept = replace(routing, weight=routing.weight.double(), chosen=kept_ones(routing), asked=None, given=None)
+    tokens, undropped = count_tokens(routing), undropped_weights(routing).double().masked_fill(~routing.chosen, 0).sum()
+    parts = [load(routing), sum_weights(kept), tokens, logits.t() @ logits, undropped]
     return [part.double().cpu() for part in parts]
-
-
-def _unmoved(routing: Routing) -> Routing:
-    """With the weights of the experts that the router chose, where overflow has those of the experts it went to."""
-    if routing.asked is None:
-        return routing
-    wanted, found = (
-        routing.probs.double().flatten(1).gather(1, routing.token * routing.probs.shape[-1] + expert)
-        for expert in (routing.asked, routing.expert)
-    )
-    back = routing.weight * wanted / found.clamp(min=torch.finfo(found.dtype).tiny)
-    return replace(routing, weight=torch.where(routing.asked == routing.expert, routing.weight, back))
 
 
 def _use(name: str, load: Tensor, weight: Tensor, tokens: Tensor, gram: Tensor, undropped: Tensor) -> ExpertUse:

@@ -79,11 +79,22 @@ def outputs(layer: MoELayer, x: Tensor, routing: Routing) -> Tensor:
                     y = y + routing.weight[g, n] * one_expert(layer.experts, int(routing.expert[g, n]), token)
                     served += 1
                 elif layer.dropped == "weighted_input":
-                    y = y + routing.weight[g, n] * token
+                    y = y + weight_if_kept(routing, g, n) * token
             if layer.dropped == "input" and served == 0 and routing.valid[g, s]:
                 y = y + token
             result.append(y)
     return with_always(layer, torch.stack(result[: x.shape[0] * x.shape[1]]).view_as(x), x)
+
+
+def weight_if_kept(routing: Routing, g: int, n: int) -> Tensor:
+    """The weight of an assignment if every one of its token were kept where the router sent it."""
+    if routing.given is None:
+        return routing.weight[g, n]
+    if not routing.renormalize:
+        return routing.given[g, n]
+    same = [m for m in range(routing.token.shape[1]) if routing.token[g, m] == routing.token[g, n]]
+    total = sum(routing.given[g, m] for m in same if routing.chosen[g, m])
+    return routing.scale * routing.given[g, n] / (total or 1)
 
 
 def mixtures(layer: MoELayer, x: Tensor, routing: Routing) -> Tensor:

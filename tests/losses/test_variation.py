@@ -9,7 +9,7 @@ import pytest
 import torch
 from properties import Case, collapsed, run
 
-from switchkit import Importance, Load, NoTokenLeftBehind, Routing
+from switchkit import L1, Importance, Load, NoTokenLeftBehind, Routing
 from switchkit.losses.variation import smooth_load, squared_variation
 from switchkit.routing.base import softmax, token_choice
 
@@ -141,5 +141,21 @@ def test_importance_counts_overflow_for_the_router_s_choice() -> None:
     routing = replace(collapsed(0, tokens=4), slot=None, kept=None, load=None)
     moved = NoTokenLeftBehind().place(routing, 1, training=True)
     assert moved.taken.tolist() == [[1] * 4]
-    weight = replace(moved, weight=torch.ones_like(moved.weight))
-    assert Importance()([weight]).item() == pytest.approx(3)
+    assert Importance()([moved]).item() == pytest.approx(3)
+
+
+AFTER = (("normalize", "after"), ("scale", 2.5))
+
+
+@pytest.mark.parametrize(
+    ("policy", "k", "options"),
+    [("factor", 2, AFTER), ("no_token_left_behind", 1, ()), ("no_token_left_behind", 2, AFTER)],
+)
+def test_weights_are_those_before_the_drop(policy: str, k: int, options: tuple) -> None:
+    """A capacity that binds changes the weights of what is kept or goes elsewhere, and no sum over those given."""
+    free, tight = (
+        run(Case(k=k, capacity=name, options=options).layer(), *Case().inputs())[1] for name in ("dropless", policy)
+    )
+    assert not torch.equal(tight.weight, free.weight)
+    for loss in (Importance(), L1(1.0), L1(1.0, refined=False)):
+        assert oracle.error(loss([tight]), loss([free])) < 1e-12
