@@ -235,6 +235,15 @@ def test_a_full_expert_takes_up_a_round() -> None:
         assert NoTokenLeftBehind(rounds=rounds).place(routing, 2, training=True).taken.tolist() == [taken]
 
 
+def test_overflow_does_not_go_to_experts_that_are_closed_to_the_token() -> None:
+    probs = torch.tensor([1.0, 0.0, 0.0]).expand(1, 6, 3)
+    weight, expert = probs.topk(1, dim=-1)
+    routing = token_choice(probs.log(), probs, expert, weight, torch.ones(1, 6, dtype=torch.bool))
+    placed = NoTokenLeftBehind().place(routing, 2, training=True)
+    assert placed.kept.tolist() == [[True] * 2 + [False] * 4]
+    assert placed.taken.tolist() == [[2, 0, 0]]
+
+
 def test_overflow_needs_tokens_that_choose() -> None:
     placed = collapsed(1)
     with pytest.raises(ValueError, match="needs a router whose tokens choose; take `factor`"):

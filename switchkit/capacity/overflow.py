@@ -21,6 +21,7 @@ class NoTokenLeftBehind(Factor):
     The first round is the router's own. An expert that is full already is asked all the same and takes up a round, as
     in the paper, where the second stage sends to the second-best expert whether it has room or not. A choice that the
     router did not make, such as a second one below a threshold, has asked nobody: its expert may be the next-best one.
+    One of probability 0 is never asked.
 
     An assignment that moves from expert a to expert b keeps its weight times ``p_b / p_a``, that is p_b for raw
     probabilities. `load` and `asked` stay what the tokens asked for, so that a balance loss sees the overflow; `taken`
@@ -92,7 +93,10 @@ class NoTokenLeftBehind(Factor):
 def _next_best(
     routing: Routing, expert: torch.Tensor, waiting: torch.Tensor, open_: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each waiting assignment's next expert, best first choice first; without one it waits no more in this round."""
+    """Each waiting assignment's next expert, best first choice first; without one it waits no more in this round.
+
+    An expert of probability 0 is none: it is closed to the token, or would give it nothing.
+    """
     assert routing.k is not None
     groups, size, _ = routing.logits.shape
     choices = list(expert.view(groups, size, routing.k).unbind(-1))
@@ -100,7 +104,7 @@ def _next_best(
     probs = routing.probs.detach()
     for j in range(routing.k):
         best, index = probs.masked_fill(~open_, -1).max(-1)
-        waits[j] = waits[j] & (best >= 0)
+        waits[j] = waits[j] & (best > 0)
         choices[j] = torch.where(waits[j], index, choices[j])
         spent = torch.zeros_like(open_).scatter(-1, index.unsqueeze(-1), waits[j].unsqueeze(-1))
         open_ = open_ & ~spent
