@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from switchkit.capacity.policies import Factor
 from switchkit.layers import MoELayer
@@ -40,7 +41,7 @@ class CapacitySchedule(L.Callback):
     Raises:
         ValueError: a factor that is not a finite number above 0, steps below 1, begin below 0; at the start of
             training, a model without a `factor` policy, or one in which the factor would let a causal model see the
-            future, which it could not when it was built dropless.
+            future, which it could not when it was built dropless (without `allow_leak`).
 
     Source: switchkit.
     """
@@ -68,11 +69,14 @@ class CapacitySchedule(L.Callback):
                 f"CapacitySchedule found no `factor` policy, only {', '.join(kinds)}: "
                 "use `capacity: factor`, or leave the callback out"
             )
+        if stage != "fit":
+            return
+        guarded = _causal(getattr(pl_module, "net", pl_module))
         for layer in layers:
-            if isinstance(layer.capacity, Factor) and stage == "fit":
+            if isinstance(layer.capacity, Factor):
                 refused = layer.leaks
                 layer.capacity.train = self.start
-                if refused is None and layer.leaks is not None:
+                if layer in guarded and refused is None and layer.leaks is not None:
                     raise ValueError(f"CapacitySchedule would make a dropless layer leak: {layer.leaks}")
 
     def on_train_batch_start(
@@ -128,6 +132,15 @@ class JitterSchedule(L.Callback):
         jitter = linear(trainer.global_step, self.start, self.end, self.steps, self.begin)
         for router in _jittery(pl_module):
             router.jitter = jitter  # type: ignore[assignment]
+
+
+def _causal(net: nn.Module) -> set[MoELayer]:
+    """The sparse layers that must not see later tokens: not those of an encoder, and none where the model allows it."""
+    if getattr(net, "allow_leak", False):
+        return set()
+    reads = hasattr(net, "start_id")
+    parts = ((name, part) for name, part in net.named_modules() if isinstance(part, MoELayer))
+    return {part for name, part in parts if not (reads and name.startswith("encoder."))}
 
 
 def _jittery(module: L.LightningModule) -> list[Router]:

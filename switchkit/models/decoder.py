@@ -128,6 +128,7 @@ class Decoder(nn.Module):
             self.blocks.append(Block(heads, mlp, d_model, dropout=dropout, norm=norm, norm_eps=norm_eps))
         # Attention of one's own that does not say is taken to be causal: it is given which tokens to see.
         self.causal = all(getattr(block.attention, "causal", True) for block in self.blocks)
+        self.allow_leak = allow_leak
         if not allow_leak and (why := leak(self) or self._sees_later) is not None:
             raise ValueError(f"{why}: a causal model would see the future. Choose another part, or say allow_leak")
         self.norm = make_norm(norm, d_model, norm_eps)

@@ -202,6 +202,7 @@ class EncoderDecoder(nn.Module):
                 (self.decoder_d_ff, self.decoder_sparse, True),
             )
         )
+        self.allow_leak = allow_leak
         if not allow_leak and (why := leak(self.decoder)) is not None:
             raise ValueError(f"{why}: the decoder would see the future. Choose another part, or say allow_leak")
         self.head = None if tied else nn.Linear(d_model, vocab_size, bias=False)

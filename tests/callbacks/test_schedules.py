@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import MOE, data, module, trainer, weights
 
-from switchkit import Factor, MoELayer, RoundRobin, Switch, checkpoints
+from switchkit import Decoder, EncoderDecoder, Factor, LanguageModule, MoELayer, RoundRobin, Switch, checkpoints
 from switchkit.callbacks import CapacitySchedule, JitterSchedule
 from switchkit.callbacks.schedules import linear
 
@@ -99,6 +99,23 @@ def test_a_schedule_makes_no_causal_model_leak(tmp_path: Path) -> None:
     unfair = partial(MOE, router=Switch, capacity=partial(Factor, train=None, order="probability"))
     with pytest.raises(ValueError, match="would make a dropless layer leak"):
         trainer(tmp_path, CapacitySchedule(2.0, 1.0, 4)).fit(module(source, moe=unfair), source)
+
+
+def test_a_schedule_takes_what_a_model_may_be_built_with() -> None:
+    """An encoder sees its whole source, and `allow_leak` is the user's word."""
+    sizes = {"d_model": 8, "num_heads": 2, "d_ff": 8, "num_experts": 4}
+    unfair = partial(MoELayer, capacity=partial(Factor, train=None, order="probability"))
+    translator = partial(EncoderDecoder, encoder_layers=2, **sizes)
+
+    def start(net: Callable[..., Any]) -> list[float | None]:
+        model = LanguageModule(net, vocab_size=11, moe=unfair, losses=[])
+        CapacitySchedule(2.0, 1.0, 10).setup(None, model, "fit")  # type: ignore[arg-type]
+        return [part.capacity.train for part in model.modules() if isinstance(part, MoELayer)]
+
+    assert start(partial(translator, decoder_sparse=[])) == [2.0]
+    assert start(partial(Decoder, num_layers=2, allow_leak=True, **sizes)) == [2.0]
+    with pytest.raises(ValueError, match="would make a dropless layer leak"):
+        start(translator)
 
 
 @pytest.mark.parametrize(
