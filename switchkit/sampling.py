@@ -33,7 +33,8 @@ def probabilities(
 
     Source: top_p is nucleus sampling, arXiv 1904.09751.
     """
-    # The largest at 0, so that a small temperature makes none infinite.
+    # The largest at 0, so that a small temperature makes it neither infinite nor, where it rounds to 0, NaN.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p in (None, 1):
         return scaled.softmax(-1)

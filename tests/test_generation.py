@@ -153,7 +153,8 @@ def test_the_whole_nucleus_is_the_softmax() -> None:
 def test_a_temperature_next_to_zero_takes_the_likeliest() -> None:
     logits = torch.tensor([100.0, 300.0, -200.0])
     for cuts in ((None, None), (2, None), (None, 0.5)):
-        assert probabilities(logits, 1e-37, *cuts).tolist() == [0, 1, 0]
+        for temperature in (1e-37, 1e-46):
+            assert probabilities(logits, temperature, *cuts).tolist() == [0, 1, 0]
 
 
 def test_one_beam_is_greedy() -> None:
@@ -341,6 +342,7 @@ def test_no_tokens_are_none() -> None:
         ({"valid": torch.tensor([[True, False]])}, "row 0 of the prompt ends in padding: pad on the left"),
         ({"valid": torch.tensor([[False, False]])}, "row 0 of the prompt is empty"),
         ({"valid": torch.tensor([[True]])}, r"the prompt has shape \[1, 2\] and its valid \[1, 1\]"),
+        ({"generator": [torch.Generator()] * 2}, "one for each of 1 rows; got a list of 2"),
         ({"source": torch.tensor([[1]])}, "a Trigram goes on from tokens and reads no source"),
     ],
 )
@@ -352,6 +354,9 @@ def test_bad_options(given: dict[str, Any], text: str) -> None:
 def test_stream_refuses_at_once() -> None:
     with pytest.raises(ValueError, match="top_k"):
         stream(Trigram(), torch.tensor([[0, 1]]), max_new_tokens=2, top_k=0)
+    for beams in (1, 2):
+        with pytest.raises(ValueError, match="max_new_tokens must be at least 0; got -3"):
+            continuation(Trigram(), torch.tensor([0, 1]), -3, num_beams=beams)
 
 
 def test_pad_left() -> None:

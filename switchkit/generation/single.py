@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchkit.generation.beams import search
 from switchkit.generation.complete import check_beams
 from switchkit.generation.ends import ends_of
-from switchkit.generation.steps import stream
+from switchkit.generation.steps import check_count, stream
 from switchkit.generation.window import Window
 
 __all__ = ["continuation"]
@@ -40,6 +40,7 @@ def continuation(
         ValueError: an empty prompt, an option out of range; at once, not with the first token.
     """
     check_beams(num_beams, length_penalty, temperature, top_k, top_p)
+    check_count(max_new_tokens)
     if ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token to go on from")
     row, count, ends = ids.view(1, -1), max_new_tokens, ends_of(eos_id)

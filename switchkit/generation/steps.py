@@ -12,7 +12,7 @@ from switchkit.generation.ends import ends_of, is_end
 from switchkit.generation.window import Window
 from switchkit.sampling import check_sampling, sample
 
-__all__ = ["steps", "stream"]
+__all__ = ["check_count", "steps", "stream"]
 
 
 def stream(
@@ -60,7 +60,8 @@ def stream(
             text with a cache and without. One for each row: a row's text does not depend on the others.
 
     Raises:
-        ValueError: no prompt, an empty row, a source that the model does not read, an option out of range.
+        ValueError: no prompt, an empty row, a source that the model does not read, an option out of range, generators
+            that are not one for each row.
     """
     given = {"source": source, "source_valid": source_valid}
     window = Window(net, tokens, valid, **given, use_cache=use_cache, symbols=symbols)
@@ -80,12 +81,21 @@ def steps(
     """The token of each row and the logits that it was taken from (zeros for a row that has ended).
 
     Raises:
-        ValueError: an option out of range; at once, not with the first token.
+        ValueError: an option out of range, generators that are not one for each row; at once, not with the first token.
     """
     check_sampling(temperature, top_k, top_p)
+    check_count(count)
+    if isinstance(generator, Sequence) and len(generator) != window.rows:
+        raise ValueError(
+            f"generator must be one, or a list with one for each of {window.rows} rows; got a list of {len(generator)}"
+        )
+    return _steps(window, count, temperature, top_k, top_p, ends_of(eos_id), generator)
+
+
+def check_count(count: int) -> None:
+    """A ValueError for fewer than no tokens."""
     if count < 0:
         raise ValueError(f"max_new_tokens must be at least 0; got {count}")
-    return _steps(window, count, temperature, top_k, top_p, ends_of(eos_id), generator)
 
 
 def _steps(
