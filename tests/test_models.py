@@ -295,6 +295,7 @@ def test_a_leak_that_is_allowed_does_leak() -> None:
         ({"context": 0}, "context must be at least 1; got 0"),
         ({"num_experts": 0}, "num_experts must be at least 1; got 0"),
         ({"dropout": 1.0}, "dropout must be in [0, 1); got 1.0"),
+        ({"sparse_attention": [1], **LATENT}, "sparse_attention=[1] takes the place of the matrices of `Attention`"),
         ({"moe": partial(MoELayer, router=partial(TopK, k=4))}, "k must be from 1 to num_experts=3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
         context: longest sequence, in tokens.
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
         sparse_attention: which blocks have sparse layers in place of their query, key and value matrices, said as
-            `sparse` is; null: none.
+            `sparse` is; null: none. Attention of another kind takes them as an argument `projection`, as `Attention`.
         positions: "rotary" (turned queries and keys) or "learned" (an embedding per position).
         dropout: on embeddings, attention and the outputs of sublayers; on hidden activations only what is given with
             `feed_forward` in code. Expert dropout is the experts' own option.
@@ -62,7 +63,8 @@ class Decoder(nn.Module):
         allow_leak: accept a part that lets the model see the future (its training loss then means little).
 
     Raises:
-        ValueError: sizes that do not fit, a placement that does not exist, a part that sees the future.
+        ValueError: sizes that do not fit, a placement that does not exist, attention without a place for sparse layers,
+            a part that sees the future.
     """
 
     def __init__(
@@ -111,6 +113,12 @@ class Decoder(nn.Module):
             dropout=dropout,
             rotary=positions == "rotary",
         )
+        if self.sparse_attention and not _takes_projections(build):
+            name = getattr(build.func, "__name__", type(build.func).__name__)
+            raise ValueError(
+                f"sparse_attention={sparse_attention!r} takes the place of the matrices of `Attention`, by its option "
+                f"projection; {name} has none: leave sparse_attention out, or take `Attention`"
+            )
         self.embed = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.blocks = nn.ModuleList()
@@ -183,3 +191,8 @@ class Decoder(nn.Module):
         x = self.norm(x)
         logits = x @ self.embed.weight.t() if self.head is None else self.head(x)
         return Output(logits, routings, None if cache is None else Cache(layers, known))
+
+
+def _takes_projections(attention: Callable[..., nn.Module]) -> bool:
+    parameters = inspect.signature(attention).parameters
+    return "projection" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
