@@ -78,9 +78,23 @@ def test_what_has_no_twin_says_so() -> None:
 
 
 def test_load_bars() -> None:
-    (name, text), _ = loads(torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]), ["a", "b"])
+    (name, text), _ = loads(torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]), ["a", "b"], [4, 4])
     assert name == "load a"
     assert text.startswith("█▄▄·  largest 50.0%, smallest 0.0%")
+
+
+def test_a_layer_with_fewer_experts_shows_its_own_alone() -> None:
+    (_, few), (_, many) = loads(torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4]), ["a", "b"], [2, 4])
+    assert few == "██  largest 50.0%, smallest 50.0%"
+    assert many.startswith("▄▄▄▄  ")
+
+
+def test_the_table_names_all_widths_of_experts() -> None:
+    console = Console(width=160, file=StringIO())
+    console.print(model_table(decoder(d_ff=[16, 32, 48], sparse=[0, 1, 2]), CONTEXT))
+    console.print(model_table(decoder(sparse=[0, 2]), CONTEXT))
+    assert "4 of width 16 or 32 or 48 (mlp)" in console.file.getvalue()
+    assert "4 of width 24 (mlp)" in console.file.getvalue()
 
 
 def test_einsum_counts_no_rows_twice() -> None:

@@ -132,7 +132,8 @@ def closing(cli: Any) -> None:
     if found and hasattr(module, "closing_rows"):
         rows += module.closing_rows(islice(cli.datamodule.val_dataloader(), _batches(trainer)), found["val/loss"])
     rows += source_rows(info)
-    rows += loads(module.last_load, module.sparse_layers) if found else []
+    experts = module.evaluation.routing.num_experts
+    rows += loads(module.last_load, module.sparse_layers, experts) if found else []
     rows += [("checkpoint", str(best or last or "none was saved"))]
     count = _batches(trainer) if found else 0
     out.print(rows_table(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))

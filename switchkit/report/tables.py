@@ -61,10 +61,11 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     if sparse:
         layer = sparse[0]
         router, capacity = layer.router, layer.capacity
+        widths = " or ".join(dict.fromkeys(str(one.d_ff) for one in sparse))
         rows += [
             (
                 "experts",
-                f"{layer.num_experts} of width {layer.d_ff} ({name_of(type(layer.experts))}), {router.k} per token",
+                f"{layer.num_experts} of width {widths} ({name_of(type(layer.experts))}), {router.k} per token",
             ),
             ("router", name_of(type(router))),
             ("capacity", f"{name_of(type(capacity))}{_options(capacity)}, counted over {_group(layer)}"),
@@ -73,11 +74,15 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
     return rows_table("Model", [*rows, *more])
 
 
-def loads(shares: torch.Tensor, names: Iterable[str]) -> list[tuple[str, str]]:
-    """One bar chart per sparse layer: the share of each expert; a full block is the largest share of any."""
+def loads(shares: torch.Tensor, names: Iterable[str], experts: Iterable[int]) -> list[tuple[str, str]]:
+    """One bar chart per sparse layer: the share of each expert; a full block is the largest share of any.
+
+    `shares` [L, E] is as wide as the layer with most experts; `experts` are how many each layer has.
+    """
     rows = []
     top = float(shares.max()) if shares.numel() else 1.0
-    for name, layer in zip(names, shares.tolist(), strict=True):
+    for name, row, number in zip(names, shares.tolist(), experts, strict=True):
+        layer = row[:number]
         bars = "".join(BLOCKS[max(1, math.ceil(8 * share / top))] if share > 0 else "·" for share in layer)
         rows.append((f"load {name}", f"{bars}  largest {max(layer):.1%}, smallest {min(layer):.1%}"))
     return rows
