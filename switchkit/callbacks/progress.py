@@ -24,10 +24,10 @@ __all__ = ["TrainingBar"]
 class TrainingBar(ProgressBar):
     """One rich bar over the whole training, and below it what matters for a sparse language model.
 
-    Training loss, validation bits per token, tokens per second (validation not counted), worst load imbalance (largest
-    over mean load of any sparse layer) and share of dropped assignments. Values are read every `refresh_rate` steps,
-    so that nothing waits for the device in between. Where the output is no terminal, one line per validation instead.
-    Of other modules and data it shows what they have of it.
+    Training loss, validation bits per token, tokens per second (padding counted, validation not), worst load imbalance
+    (largest over mean load of any sparse layer) and share of dropped assignments. Values are read every `refresh_rate`
+    steps, so that nothing waits for the device in between. Where the output is no terminal, one line per validation
+    instead. Of other modules and data it shows what they have of it.
 
     Args:
         refresh_rate: optimizer steps between two updates.
@@ -61,7 +61,7 @@ class TrainingBar(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._moment = time.perf_counter()
+        self._tokens, self._seconds, self._moment, self._shown = 0, 0.0, time.perf_counter(), {}
         steps = last_step(trainer)
         self._open("training", None if steps == math.inf else int(steps), trainer.global_step)
 

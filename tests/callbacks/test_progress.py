@@ -99,6 +99,16 @@ def test_without_a_terminal_there_is_a_line_per_validation(tmp_path: Path, dumb:
     assert all(word in line for line in lines for word in ("loss", "val bits", "tokens/s", "imbalance", "dropped"))
 
 
+def test_a_second_run_shows_its_own_values_alone(tmp_path: Path) -> None:
+    bar, source = TrainingBar(refresh_rate=1), data(tmp_path)
+    trainer(tmp_path, bar, steps=14, enable_progress_bar=True).fit(module(source), source)
+    bar._tokens, bar._seconds = 10**12, 1e6
+    trainer(tmp_path, bar, steps=2, enable_progress_bar=True).fit(module(source), source)
+    assert bar._tokens == 2 * 4 * 8
+    assert bar._seconds < 1e6
+    assert "val bits" not in bar._shown
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 def test_a_module_of_another_kind(tmp_path: Path) -> None:
     bar = TrainingBar(refresh_rate=1)
