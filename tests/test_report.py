@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from rich.console import Console
+from small import data, module
 
 from switchkit import (
     Decoder,
@@ -17,8 +21,11 @@ from switchkit import (
     MoELayer,
     TopK,
 )
+from switchkit.callbacks import Translation, Translations
 from switchkit.data.subwords import FileTokenizer
 from switchkit.report import count
+from switchkit.report.began import Began
+from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import console, fallback_box, loads, model_table, rows_table, source_rows
 from switchkit.report.twins import twin_rows
@@ -126,3 +133,54 @@ def test_a_sample_begins_where_the_vocabulary_makes_nothing_of_a_line_end(words:
     assert command(module, None, "x.ckpt", "b").endswith(
         f"--prompt {'ROMEO:' if 'a' in words else 'b'} --max_new_tokens 200"
     )
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ((1000, None), "1,000 steps"),
+        ((-1, 1), "1 epoch"),
+        ((1000, 3), "1,000 steps or 3 epochs, whichever comes first"),
+        ((-1, -1), "until it is stopped"),
+        ((0, None), "none: 0 steps"),
+        ((-1, 0), "none: 0 steps"),
+    ],
+)
+def test_the_length_of_a_run(limits: tuple[int, int | None], told: str) -> None:
+    assert _length(SimpleNamespace(max_steps=limits[0], max_epochs=limits[1])) == told
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_speed_is_of_the_tokens_that_were_read(tmp_path: Path, accumulate: int) -> None:
+    """The last step of an epoch of 3 batches has fewer than 4."""
+    began, source = Began(), data(tmp_path)
+    L.Trainer(
+        max_epochs=2,
+        limit_train_batches=3,
+        limit_val_batches=0,
+        accumulate_grad_batches=accumulate,
+        callbacks=[began],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module(source), source)
+    assert _speed(SimpleNamespace(began=began), 2.0) == 2 * 3 * 4 * 8 / 2
+    assert not began.padded
+
+
+def test_the_speed_of_padded_batches_says_so() -> None:
+    began = Began()
+    tokens = torch.zeros(3, 5)
+    began.on_train_batch_end(SimpleNamespace(world_size=2), None, None, {"tokens": tokens, "valid": tokens > 0}, 0)  # type: ignore[arg-type]
+    assert (began.tokens, began.padded) == (30, True)
+
+
+def test_the_scores_of_some_sentences_say_of_how_many() -> None:
+    callback = Translations(pairs=2)
+    one = Translation("a", "b", "c", "")
+    found = {"val/bleu": 12.34, "val/chrf": 45.6}
+    for sentences, told in ((1, ""), (2, ", on the first 2 sentences")):
+        callback.found = [one] * sentences
+        assert _translation(SimpleNamespace(callbacks=[callback]), found) == f"BLEU 12.3, chrF 45.6 of 100{told}"

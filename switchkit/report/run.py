@@ -15,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from switchkit.callbacks import SaveBest, SaveLast, WritePredictions
+from switchkit.callbacks import SaveBest, SaveLast, Translations, WritePredictions
 from switchkit.checkpoints import read, read_settings
 from switchkit.module import LanguageModule
 from switchkit.report.began import Began, ended
@@ -126,9 +126,10 @@ def closing(cli: Any) -> None:
             *rows,
         ]
     if "val/bleu" in found:
-        rows.append(("translation", f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"))
+        rows.append(("translation", _translation(trainer, found)))
     if (speed := _speed(cli, wall)) is not None:
-        rows.append(("speed", f"{speed:,.0f} tokens/s, validation and checkpoints included"))
+        included = f"{'padding, ' * cli.began.padded}validation and checkpoints included"
+        rows.append(("speed", f"{speed:,.0f} tokens/s, {included}"))
     if found and hasattr(module, "closing_rows"):
         rows += module.closing_rows(islice(cli.datamodule.val_dataloader(), _batches(trainer)), found["val/loss"])
     rows += source_rows(info)
@@ -188,11 +189,12 @@ def length_name(data: Any) -> str:
 
 
 def _length(trainer: Any) -> str:
-    """How long a run is."""
-    for count, one in ((trainer.max_steps, "step"), (trainer.max_epochs or 0, "epoch")):
-        if count > 0:
-            return f"{count:,} {one}{'s' * (count > 1)}"
-    return "until it is stopped"
+    """How long a run is, by what its Trainer says; -1 and None are no limit."""
+    if 0 in (trainer.max_steps, trainer.max_epochs):
+        return "none: 0 steps"
+    limits = ((trainer.max_steps, "step"), (trainer.max_epochs or -1, "epoch"))
+    told = [f"{count:,} {one}{'s' * (count > 1)}" for count, one in limits if count > 0]
+    return " or ".join(told) + ", whichever comes first" * (len(told) > 1) or "until it is stopped"
 
 
 def part_of(count: int | None) -> str:
@@ -236,11 +238,16 @@ def _config(trainer: Any) -> str:
 
 def _speed(cli: Any, wall: float) -> float | None:
     """Tokens per second over the whole of training, validation and checkpoints included."""
-    data, trainer = cli.datamodule, cli.trainer
-    if cli.began.step is None or not (hasattr(data, "batch_size") and hasattr(data, "context")):
-        return None
-    batches = (trainer.global_step - cli.began.step) * trainer.accumulate_grad_batches * trainer.world_size
-    return batches * data.batch_size * data.context / wall
+    return cli.began.tokens / wall if cli.began.tokens else None
+
+
+def _translation(trainer: Any, found: dict[str, float]) -> str:
+    """BLEU and chrF, and of how many sentences where `Translations` stopped before the end of the held-out text."""
+    told = f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"
+    for callback in trainer.callbacks:
+        if isinstance(callback, Translations) and len(callback.found) == callback.pairs:
+            told += f", on the first {'sentence' if callback.pairs == 1 else f'{callback.pairs:,} sentences'}"
+    return told
 
 
 def cut_short(cli: Any) -> None:
