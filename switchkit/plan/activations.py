@@ -22,6 +22,8 @@ from switchkit.experts.shared import Shared
 from switchkit.layers import FeedForward, MoELayer
 from switchkit.models import EncoderDecoder
 from switchkit.plan.hardware import Precision
+from switchkit.routing.expert_choice import ExpertChoice
+from switchkit.routing.soft import Soft
 
 __all__ = ["Activations", "activations", "rows_of"]
 
@@ -81,13 +83,14 @@ def rows_of(layer: MoELayer, batch: int, context: int) -> int:
     """Rows that the experts of a layer get from `batch` sequences, drops not taken off.
 
     A dispatcher with buffers fills them up to the capacity (`Padded` on a GPU; without a capacity to all assignments).
+    Where experts choose, or work on mixtures, each has as many rows as the next: these fill the buffers already.
     """
     tokens = batch * context
     size = tokens if layer.group == "batch" else layer.group if isinstance(layer.group, int) else context
     groups = -(-tokens // size)
     limit = layer.capacity.limit(size, layer.num_experts, layer.router.k, training=True)
     rows = layer.router.rows(size, limit)
-    if isinstance(layer.dispatcher, (Padded, Einsum)):
+    if isinstance(layer.dispatcher, (Padded, Einsum)) and not isinstance(layer.router, (ExpertChoice, Soft)):
         rows = layer.num_experts * (rows if limit is None else min(rows, limit))
     return groups * rows
 

@@ -11,6 +11,8 @@ import torch
 
 from switchkit import (
     Decoder,
+    Einsum,
+    ExpertChoice,
     Factor,
     FeedForward,
     GatedMlp,
@@ -18,6 +20,8 @@ from switchkit import (
     MoELayer,
     Shared,
     Sigmoid,
+    Soft,
+    Sorted,
     Switch,
     TopK,
 )
@@ -130,6 +134,16 @@ def test_rows() -> None:
     assert rows_of(layer(router=top2, dispatcher=Padded), 3, 10) == 3 * 4 * 20
     # Three groups of 16 tokens, the last one filled up.
     assert rows_of(layer(router=top2, group=16), 4, 10) == 3 * 32
+
+
+@pytest.mark.parametrize("dispatcher", [Einsum, Padded, Sorted])
+@pytest.mark.parametrize(("router", "each"), [(ExpertChoice, 5), (partial(Soft, slots=2), 2)])
+def test_full_experts_have_the_same_rows_with_any_dispatcher(router: Any, each: int, dispatcher: Any) -> None:
+    """ceil(10 * 2 / 4) tokens of a sequence, or its slots."""
+    layer = MoELayer(8, 4, d_ff=16, router=router, dispatcher=dispatcher)
+    tokens = torch.randn(3, 10, 8)
+    computed = layer.dispatcher.dispatch(tokens, layer(tokens)[1]).x.flatten(0, -2)
+    assert rows_of(layer, 3, 10) == len(computed) == 3 * 4 * each
 
 
 def test_a_busy_device_has_more_rows() -> None:
