@@ -61,6 +61,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             "trainer.precision": options.precision,
             "trainer.accumulate_grad_batches": options.accumulate,
             "data.batch_size": options.batch_size,
+            "data.batch_tokens": "null" if options.batch_size and found.by_tokens else None,
             f"data.{found.length}": options.context,
         }
         more = "".join(f" --{name} {value}" for name, value in given.items() if value is not None)

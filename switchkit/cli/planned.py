@@ -33,6 +33,8 @@ class Planned:
     accumulate: int
     length: str = "context"
     """The option of its data that says how long a sequence is."""
+    by_tokens: bool = False
+    """Its data make batches of so many tokens, `batch` of them where all are as long as the longest."""
 
 
 def planned(argv: Sequence[str], hf_config: str | None, context: int | None) -> Planned:
@@ -63,13 +65,16 @@ def planned(argv: Sequence[str], hf_config: str | None, context: int | None) -> 
         kind = type(getattr(module, "net", module)).__name__
         raise UserError(f"model: plan counts a LanguageModule of a Decoder or EncoderDecoder, not a {kind}")
     trainer = cli.settings.trainer
+    length = context or context_of(cli)
+    tokens = getattr(cli.datamodule, "batch_tokens", None)
     return Planned(
         module,
-        int(getattr(cli.datamodule, "batch_size", 1) or 1),
-        context_of(cli),
+        int(getattr(cli.datamodule, "batch_size", 1) or 1) if tokens is None else max(1, tokens // length),
+        length,
         trainer.precision,
         int(trainer.accumulate_grad_batches or 1),
         length_name(cli.datamodule),
+        tokens is not None,
     )
 
 

@@ -78,6 +78,17 @@ def test_the_fastest_has_all_that_was_asked_for(run):
         assert out.splitlines()[-1].endswith(f"{end}{length} 8")
 
 
+def test_a_batch_of_tokens_has_fewer_sequences(run):
+    recipe = ["plan", "--config", "t5_translate", "--data.batch_tokens", "1024", "--gpus", "1"]
+    for more, batch in (([], 1024 // 256), (["--context", "64"], 1024 // 64), (["--context", "2048"], 1)):
+        code, out, err = run(*recipe, *more, "--json")
+        assert code == 0, err
+        assert json.loads(out)["work"]["batch"] == batch
+    code, out, err = run(*recipe, "--batch_size", "2")
+    assert code == 0, err
+    assert out.splitlines()[-1].endswith(" --data.batch_size 2 --data.batch_tokens null")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "memory", "sizes"),
