@@ -46,8 +46,8 @@ class LanguageModule(L.LightningModule):
 
     The loss is ``cross_entropy + sum(term.weight * term(routings))``; over micro-batches and devices it is the mean of
     theirs, weighted by real targets, whatever padding each holds (see `switchkit.step`). Weight decay spares norms,
-    biases, embeddings and routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine to
-    `final_lr` of its peak at the trainer's last step (or stays).
+    biases, embeddings and routers. The learning rate rises linearly over `warmup_steps`, then falls by a cosine
+    towards `final_lr` of its peak at the trainer's last step (or stays).
 
     `training_step` returns `loss`, which is minimised and holds what this micro-batch weighs in its step, and for
     callbacks, detached and of this device's micro-batch alone: `own_loss`, a mean over its `targets`, and `stats`:
@@ -61,7 +61,7 @@ class LanguageModule(L.LightningModule):
         optimizer: builds the optimizer from parameter groups; null: AdamW, rate 3e-3, betas 0.9 and 0.99, decay 0.1.
         warmup_steps: optimizer steps of the linear rise.
         schedule: "cosine" or "constant" after the rise.
-        final_lr: share of the peak rate that the cosine ends at.
+        final_lr: share of the peak rate that the cosine would come to one step after the last.
         tokenizer: the vocabulary, kept in the checkpoint; the command line takes it from the data.
         vocab_size: symbols, where there is no tokenizer, or more than it has (published checkpoints fill the table up
             to a round number).

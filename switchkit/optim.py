@@ -69,7 +69,10 @@ def last_step(trainer: L.Trainer) -> float:
 
 
 def learning_rate(warmup: int, steps: int, schedule: str, final: float, step: int) -> float:
-    """Share of the peak rate at optimizer step `step` (from 0)."""
+    """Share of the peak rate at optimizer step `step` (from 0).
+
+    A cosine comes to `final` at step `steps`, which would be one after the last.
+    """
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
