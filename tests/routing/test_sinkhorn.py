@@ -57,13 +57,19 @@ def test_sinkhorn_is_rows_and_columns_in_turn(iterations: int) -> None:
 
 
 def test_sinkhorn_evens_out_both_sides() -> None:
-    """At convergence rows hold 1/n of the mass each and columns 1/E; 8 rounds come within 2 % at these logits."""
+    """At convergence rows hold 1/n of the mass each and columns 1/E; 8 rounds come within 2 % at these logits.
+
+    The columns, which come last, are exact after each round.
+    """
     logits = 2 * torch.randn(2, 1024, 8, dtype=torch.float64) + 2 * torch.randn(8, dtype=torch.float64)
     valid = torch.ones(2, 1024, dtype=torch.bool)
     m = sinkhorn(logits, valid, 100).exp()
     m = m / m.sum((1, 2), keepdim=True)
     torch.testing.assert_close(m.sum(1), torch.full_like(m.sum(1), 1 / 8))
     torch.testing.assert_close(m.sum(2), torch.full_like(m.sum(2), 1 / 1024))
+    m = sinkhorn(logits, valid, 8).exp()
+    torch.testing.assert_close(m.sum(1), torch.ones_like(m.sum(1)))
+    assert (m.sum(2) / 8 * 1024 - 1).abs().max() < 0.02
     rows = sinkhorn(logits, valid, 8).softmax(-1)
     assert (rows.mean(1) * 8 - 1).abs().max() < 0.02
 
