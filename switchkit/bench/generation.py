@@ -21,7 +21,7 @@ __all__ = ["GOAL", "ROUNDS", "WIDTHS", "measure"]
 GOAL = 5.0
 """How many times as fast a cache should make 512 tokens, on two CPU cores."""
 WIDTHS = (128, 256)
-"""Of the recipe, and twice that: with a cache a narrow model waits for Python, not for products."""
+"""A little more than the recipe's, and twice that: with a cache a narrow model waits for Python, not for products."""
 ROUNDS = 2
 """Without a cache a round takes seconds."""
 

@@ -132,7 +132,7 @@ def generation(found: Figures) -> RenderableType:
         table.add_row(row["name"], *figures)
     goal = "" if found["goal"] is None else f" (goal: {found['goal']:g}, on two CPU cores)"
     table.caption = (
-        f"The cache makes it [bold]{found['ratio']:.2f}[/] times as fast{goal}. Like tiny_shakespeare's model, d "
+        f"The cache makes it [bold]{found['ratio']:.2f}[/] times as fast{goal}. A model like tiny_shakespeare's, d "
         f"{found['d_model']}: {found['parameters']:,} parameters, random weights, one sequence."
     )
     return table
