@@ -112,7 +112,33 @@ switchkit fit --config tiny_shakespeare --data StreamData --data.path 'books/*.j
 least. `--sentinels 0` leaves the sentinels out, for a decoder.
 
 A vocabulary is a `Tokenizer`: `CharTokenizer` (the default of `TextData`), `ByteTokenizer` (of the others), or
-`FileTokenizer`, any file of Hugging Face's `tokenizers`. It travels in the checkpoint.""",
+`FileTokenizer`, any file of Hugging Face's `tokenizers`. It travels in the checkpoint.
+
+## Published texts
+
+Where no file is named, `TextData` and `SpanData` read Tiny Shakespeare, and `PairData` Multi30k. Each file is looked
+for in the folder that `SWITCHKIT_DATA` names, then in the cache, and else downloaded into the cache; its checksum says
+whether it is the right one.
+
+| variable | names | default |
+| --- | --- | --- |
+| `SWITCHKIT_DATA` | a folder of data sets, which is only read | none |
+| `SWITCHKIT_CACHE` | the folder for what was downloaded | `$XDG_CACHE_HOME/switchkit`, else `~/.cache/switchkit` |
+| `SWITCHKIT_OFFLINE` | `1`: nothing is downloaded | unset |
+
+Without a network, put the files into one of these folders by their names:
+
+- `tinyshakespeare/input.txt`, from
+  <https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt>;
+- `multi30k/train.en.gz`, and so on: `train`, `val` and `test_2016_flickr`, each in `en`, `de`, `fr` and `cs`, from
+  <https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.en.gz>, and so on.
+
+```sh
+SWITCHKIT_DATA=~/texts switchkit fit --config tiny_shakespeare      # reads ~/texts/tinyshakespeare/input.txt
+```
+
+Where a text cannot be had, the recipes train on a generated one (`data.fallback: true`) and say so; without `fallback`
+that is an error.""",
         (
             "switchkit.data.TextData",
             "switchkit.data.SpanData",

@@ -66,6 +66,15 @@ def test_generated_data_are_told() -> None:
     assert "generated text: of an unknown source." in console.file.getvalue()
 
 
+def test_the_reason_of_generated_data_is_told_once() -> None:
+    info = {"description": "a play, in place of a text (the cache has no file x)", "generated": True}
+    console = Console(width=160, file=StringIO())
+    console.print(fallback_box(info))
+    assert "(the cache has no file x)" in console.file.getvalue()
+    assert source_rows(info) == [("data", "a play, in place of a text")]
+    assert source_rows({**info, "generated": False}) == [("data", info["description"])]
+
+
 def rows_of(moe: object = None, **more: object) -> dict[str, str]:
     sizes = {"d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 24, "num_experts": 4, "context": CONTEXT}
     net = partial(Decoder, **{**sizes, **more})  # type: ignore[arg-type]

@@ -89,7 +89,11 @@ def loads(shares: torch.Tensor, names: Iterable[str], experts: Iterable[int]) ->
 
 
 def source_rows(info: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [("data", str(info["description"]))] if info and "description" in info else []
+    """What the data are; why they are generated is left to `fallback_box`."""
+    if not info or "description" not in info:
+        return []
+    told = str(info["description"])
+    return [("data", told.partition(" (")[0] if info.get("generated") else told)]
 
 
 def fallback_box(info: dict[str, Any] | None) -> Panel | None:
@@ -98,7 +102,8 @@ def fallback_box(info: dict[str, Any] | None) -> Panel | None:
         return None
     text = (
         f"This run reads generated text: {info.get('description', 'of an unknown source')}.\n"
-        "Its losses say nothing about the real text. To use that, set SWITCHKIT_DATA, or name files of your own (data)."
+        "Its losses say nothing about the real text. How to have that is said in docs/data.md, Published texts. A file "
+        "of your own is data.path, sentence pairs are data.source and data.target."
     )
     return Panel(text, title="generated data", border_style="yellow", title_align="left")
 
