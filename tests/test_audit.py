@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from switchkit import (
     Balance,
     Decoder,
     Dropless,
+    Experts,
     Factor,
     LanguageModule,
     LinearRouter,
@@ -204,6 +206,20 @@ class Dead(Mlp):
         y = super().forward(rows)
         start, end = sum(rows.sizes[:1]), sum(rows.sizes[:2])
         return torch.cat([y[:start], y[start:end].detach(), y[end:]])
+
+
+class OneEach(Experts):
+    """A module for each expert; all are copies of one, and what the last ones say is cut off."""
+
+    def __init__(self, d_model, d_ff, num_experts):
+        super().__init__(d_model, d_ff, num_experts)
+        one = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+        self.each = nn.ModuleList(copy.deepcopy(one) for _ in range(num_experts))
+
+    def forward(self, rows):
+        *parts, rest = rows.x.split([*rows.load.tolist(), len(rows.x) - int(rows.load.sum())])
+        first, *others = (expert(x) for expert, x in zip(self.each, parts, strict=True))
+        return torch.cat([first, *(y.detach() for y in others), torch.zeros_like(rest)])
 
 
 class Sure(Switch):
@@ -571,6 +587,15 @@ def test_equal_experts(experts):
     found = findings(experts=experts)
     assert faults(found) == ["equal experts"]
     assert "initial weights: blocks.0.mlp 0" in found["equal experts"].evidence
+
+
+def test_experts_of_one_module_each_are_measured():
+    found = findings(TopK, experts=OneEach, capacity=Dropless, net=partial(NET, sparse="last(1)"))
+    # Experts that are equal teach the router nothing.
+    assert faults(found) == ["router gradient, task", "expert gradients", "equal experts"]
+    gets = found["expert gradients"].evidence
+    assert gets.startswith("1 of 4 experts get a gradient from cross-entropy; cut although tokens came: blocks.1.mlp 1")
+    assert "initial weights: blocks.1.mlp 0" in found["equal experts"].evidence
 
 
 def test_a_saturated_router_is_a_fault_at_the_start_and_a_note_later():

@@ -91,17 +91,16 @@ def _even(routing: Routing) -> bool:
 
 def _expert_gradients(probe: Probe, out: Output, task: Tensor, floor: float) -> Finding:
     weights = {name: stacks(layer.experts) for name, layer in probe.layers.items()}
-    flat = iter(_grads(task, [p for found in weights.values() for _, group in found for p in group]))
+    flat = iter(_grads(task, [p for found in weights.values() for stack in found for p in stack.parameters]))
     idle: list[str] = []
     cut: list[str] = []
     count, least = 0, float("inf")
     for (name, found), routing in zip(weights.items(), out.routings, strict=False):
         assert routing.kept is not None
         came = torch.bincount(routing.expert[routing.kept], minlength=routing.logits.shape[-1])
-        for first, group in found:
-            norm = sum(next(flat).double().flatten(1).square().sum(-1) for _ in group)
-            assert isinstance(norm, Tensor)
-            for index, value in enumerate(norm.sqrt().tolist(), first):
+        for stack in found:
+            each = stack.by_expert([next(flat) for _ in stack.parameters])
+            for index, value in enumerate((float(grad.norm()) for grad in each), stack.first):
                 count += 1
                 if value > floor:
                     least = min(least, value)
@@ -109,7 +108,7 @@ def _expert_gradients(probe: Probe, out: Output, task: Tensor, floor: float) -> 
                     (cut if came[index] else idle).append(f"{name} {index}")
     check = "expert gradients"
     if not count:
-        return Finding(check, "ok", "the experts have no weights of their own")
+        return Finding(check, "ok", "there are no weights of single experts, stacked or in a ModuleList")
     share = f"{count - len(idle) - len(cut)} of {count} experts get a gradient from cross-entropy"
     if cut:
         fix = "let the expert's output reach the layer's, undetached and with a weight other than 0"

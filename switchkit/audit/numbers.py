@@ -73,9 +73,10 @@ def equal_experts(probe: Probe, trained: bool) -> Finding:
     check = "equal experts"
     closest: dict[str, float] = {}
     for name, layer in probe.layers.items():
-        for _, group in stacks(layer.experts):
-            flat = torch.cat([p.detach().double().flatten(1) for p in group], dim=1)
-            if len(flat) > 1:
+        for stack in stacks(layer.experts):
+            each = stack.by_expert(stack.parameters)
+            if len(each) > 1 and len({len(own) for own in each}) == 1:
+                flat = torch.stack(each)
                 square = flat.square().sum(-1)
                 mean = ((square.unsqueeze(1) + square) / 2).clamp(min=1e-300)
                 apart = (2 * mean - 2 * flat @ flat.t()) / mean
@@ -85,7 +86,7 @@ def equal_experts(probe: Probe, trained: bool) -> Finding:
                 closest[name] = min(closest.get(name, float("inf")), float(apart.min()))
     state = "trained" if trained else "initial"
     if not closest:
-        return Finding(check, "ok", "there are no two experts with weights of one shape")
+        return Finding(check, "ok", "there are no two experts with weights of one shape, stacked or in a ModuleList")
     shown = ", ".join(f"{name} {value:.3g}" for name, value in closest.items())
     evidence = (
         f"difference of the closest two, as a share of their norm (independent draws: 1.41), {state} weights: {shown}"

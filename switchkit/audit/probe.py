@@ -25,6 +25,7 @@ __all__ = [
     "MODES",
     "Finding",
     "Probe",
+    "Stack",
     "Status",
     "changed",
     "counted_group",
@@ -208,18 +209,56 @@ def learned(part: nn.Module) -> list[nn.Parameter]:
     return [p for p in part.parameters() if p.requires_grad]
 
 
-def stacks(experts: Experts) -> list[tuple[int, list[nn.Parameter]]]:
-    """Routed parameters stacked as [E, ...], with the number of their first expert: one entry for each stack."""
+@dataclass(frozen=True)
+class Stack:
+    """The routed weights of the experts of a layer, or of some of them where these come in several widths."""
+
+    first: int
+    """Number of the first expert."""
+    stacked: list[nn.Parameter]
+    """[E, ...] each."""
+    modules: list[list[nn.Parameter]]
+    """Those of each expert that is a module of its own, in a `ModuleList`; empty lists without one."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.stacked, *(p for own in self.modules for p in own)]
+
+    def by_expert(self, values: Iterable[Tensor]) -> list[Tensor]:
+        """One flat tensor for each expert, of values that belong to `parameters`."""
+        given = iter(values)
+        rows = [[*row] for row in zip(*(next(given) for _ in self.stacked), strict=True)] or [[] for _ in self.modules]
+        for row, own in zip(rows, self.modules, strict=True):
+            row += [next(given) for _ in own]
+        return [torch.cat([value.detach().double().flatten() for value in row]) for row in rows]
+
+
+def stacks(experts: Experts) -> list[Stack]:
+    """One entry for each part that holds routed weights of single experts: stacked, or as modules in a `ModuleList`."""
     always = {id(p) for p in experts.always_parameters()}
     found, first = [], 0
     for part in experts.modules():
         if isinstance(part, Experts):
             own = [p for p in part.parameters(recurse=False) if id(p) not in always and p.requires_grad]
-            group = [p for p in own if p.dim() > 1 and p.shape[0] == part.num_experts]
-            if group:
-                found.append((first, group))
+            stacked = [p for p in own if p.dim() > 1 and p.shape[0] == part.num_experts]
+            modules: list[list[nn.Parameter]] = [[] for _ in range(part.num_experts)]
+            for several in _lists(part, part.num_experts):
+                for mine, module in zip(modules, several, strict=False):
+                    mine += [p for p in learned(module) if id(p) not in always]
+            if stacked or all(modules):
+                found.append(Stack(first, stacked, modules))
                 first += part.num_experts
     return found
+
+
+def _lists(part: nn.Module, number: int) -> Iterator[nn.ModuleList]:
+    """The lists of so many modules, but for those of other experts within."""
+    for child in part.children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
+            if not any(isinstance(inner, Experts) for inner in child.modules()):
+                yield child
+        elif not isinstance(child, Experts):
+            yield from _lists(child, number)
 
 
 def short_name(part: object) -> str:
