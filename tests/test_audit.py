@@ -33,7 +33,7 @@ from switchkit.audit import Finding, audit, sees_future, sequences_for, uniform_
 from switchkit.losses.balance import balance
 from switchkit.losses.base import Loss
 from switchkit.losses.variation import load_variation
-from switchkit.models import Cache
+from switchkit.models import Cache, Output
 from switchkit.registry import lookup
 from switchkit.routing.base import Router
 
@@ -436,10 +436,26 @@ def test_padding_that_a_loss_counts():
     assert status(found, "padding") == "fault"
     assert found["padding"].evidence.startswith("CountsPadding counts padding")
 
+class Tight(Factor):
+    """Has no option."""
 
-def test_a_capacity_of_the_padded_length_is_a_note():
-    found = findings(capacity=partial(Factor, train=1.0, eval=0.5))
+    def __init__(self):
+        super().__init__(train=1.0, eval=0.5)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "fix"),
+    [
+        (partial(Factor, train=1.0, eval=0.5), "--model.moe.capacity.eval=null"),
+        (Tight, "--model.moe.capacity=dropless"),
+    ],
+    ids=["factor", "without_options"],
+)
+def test_a_capacity_of_the_padded_length_is_a_note(capacity, fix):
+    found = findings(capacity=capacity)
     assert status(found, "padding") == "note"
+    assert found["padding"].fix == f"{fix} makes evaluation dropless"
+    assert found["cached generation"].fix == fix
 
 
 class Recent(Switch):
@@ -676,6 +692,40 @@ def test_a_dense_model_and_one_without_losses():
     assert {f.status for f in dense} == {"ok"}
     bare = audit(module(losses=[]))
     assert not any("balance" in f.check for f in bare)
+
+
+class ByName(nn.Module):
+    """A model that calls its sparse layer with names, in any order."""
+
+    context = 8
+
+    def __init__(self, vocab_size, *, moe):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, 8)
+        self.moe = moe(d_model=8, num_experts=4, d_ff=8)
+        self.head = nn.Linear(8, vocab_size)
+
+    @property
+    def uncacheable(self):
+        return self.moe.uncacheable
+
+    def forward(self, tokens, valid=None, cache=None):
+        x = self.embed(tokens)
+        y, routing = self.moe(ids=tokens, valid=valid, x=x)
+        return Output(self.head(x + y), (routing,), cache)
+
+
+def test_a_layer_that_is_called_by_names():
+    ids = partial(lookup("hash"), k=1)
+    leaking = {"capacity": partial(Factor, train=1.0, eval=0.5, order="random")}
+    models = [partial(MoELayer, router=ids, **more) for more in ({}, leaking)]
+    found = [{f.check: f for f in audit(LanguageModule(ByName, vocab_size=24, moe=moe, losses=[]))} for moe in models]
+    assert not faults(found[0])
+    assert "first in moe" in found[1]["future tokens"].evidence
+    assert (
+        "; outputs of sparse layers for pieces of the sequence: changed by moe"
+        in found[1]["cached generation"].evidence
+    )
 
 
 class Peeking(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkit.audit.probe import Finding, Probe, changed, hooked
+from switchkit.audit.probe import Finding, Probe, called, changed, hooked, without_drops
 from switchkit.models import Cache
 
 __all__ = ["CACHED", "cached"]
@@ -53,11 +53,12 @@ def _declared(probe: Probe, reason: str, orders: dict[str, list[int]]) -> Findin
     seen = [f"{name} {value:.2g}" for name, value in found.items() if value]
     told = f"changed by {', '.join(seen)} of their size" if seen else "unchanged on these tokens"
     evidence = f"uses no cache: {reason}; outputs of sparse layers for pieces of the sequence: {told}"
-    if not any(layer.uncacheable for layer in probe.causal.values()):
+    layers = [layer for layer in probe.causal.values() if layer.uncacheable]
+    if not layers:
         return Finding(CACHED, "note", evidence)
-    routers = any(layer.router.leaks or layer.router.by_position for layer in probe.causal.values())
+    routers = any(layer.router.leaks or layer.router.by_position for layer in layers)
     other = "--model.moe.router=top_k (or switch, sigmoid, ...)"
-    return Finding(CACHED, "note", evidence, other if routers else "--model.moe.capacity.eval=null")
+    return Finding(CACHED, "note", evidence, other if routers else without_drops(layers))
 
 
 def _decoded(probe: Probe, sizes: list[int]) -> Tensor:
@@ -78,12 +79,13 @@ def _layers(probe: Probe, orders: dict[str, list[int]]) -> dict[str, float]:
     calls: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def keep(name: str) -> Any:
-        def look(_: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Any]) -> None:
-            calls[name] = args[0], args[2] if len(args) > 2 else None, out[0]
+        def look(_: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, Any]) -> None:
+            x, _, ids = called(*args, **kwargs)
+            calls[name] = x, ids, out[0]
 
         return look
 
-    with hooked(layer.register_forward_hook(keep(name)) for name, layer in probe.causal.items()):
+    with hooked(layer.register_forward_hook(keep(name), with_kwargs=True) for name, layer in probe.causal.items()):
         probe(probe.tokens, training=False)
     found: dict[str, float] = {}
     for name, (x, ids, whole) in calls.items():

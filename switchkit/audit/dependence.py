@@ -15,6 +15,7 @@ from switchkit.audit.probe import (
     MODES,
     Finding,
     Probe,
+    called,
     changed,
     counted_group,
     drawing,
@@ -22,6 +23,7 @@ from switchkit.audit.probe import (
     hooked,
     percent,
     short_name,
+    without_drops,
 )
 from switchkit.layers import MoELayer
 from switchkit.records import Routing
@@ -126,9 +128,12 @@ def _leaking_layers(probe: Probe, edits: list[_Edit]) -> list[str]:
         def keep(
             name: str, inputs: dict[str, Tensor] = inputs, outputs: dict[str, Tensor] = outputs
         ) -> Callable[..., None]:
-            return lambda _, args, out: (inputs.update({name: args[0]}), outputs.update({name: out[0]}), None)[-1]
+            def look(_: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, Routing]) -> None:
+                inputs[name], outputs[name] = called(*args, **kwargs)[0], out[0]
 
-        with hooked((layer.register_forward_hook(keep(name)) for name, layer in probe.layers.items())):
+            return look
+
+        with hooked(layer.register_forward_hook(keep(name), with_kwargs=True) for name, layer in probe.layers.items()):
             probe(probe.tokens, training=training)
 
         for edit in edits:
@@ -136,10 +141,11 @@ def _leaking_layers(probe: Probe, edits: list[_Edit]) -> list[str]:
             def mix(
                 name: str, edit: _Edit = edit, inputs: dict[str, Tensor] = inputs
             ) -> Callable[..., tuple[Any, ...]]:
-                def replaced(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                def replaced(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
+                    given, *rest = called(*args, **kwargs)
                     x = inputs[name].clone()
-                    x[edit.row, edit.place :] = args[0][edit.row, edit.place :]
-                    return (x, *args[1:])
+                    x[edit.row, edit.place :] = given[edit.row, edit.place :]
+                    return (x, *rest), {}
 
                 return replaced
 
@@ -150,7 +156,9 @@ def _leaking_layers(probe: Probe, edits: list[_Edit]) -> list[str]:
 
                 return compare
 
-            handles = [layer.register_forward_pre_hook(mix(name)) for name, layer in probe.layers.items()]
+            handles = [
+                layer.register_forward_pre_hook(mix(name), with_kwargs=True) for name, layer in probe.layers.items()
+            ]
             handles += [layer.register_forward_hook(look(name)) for name, layer in probe.layers.items()]
             with hooked(handles):
                 probe(edit.tokens, training=training)
@@ -262,11 +270,11 @@ def padding(probe: Probe) -> Finding:
         return Finding("padding", "fault", "; ".join(wrong), fix)
     if notes:
         layers = probe.layers.values()
-        own = all(m.capacity.limit(size, m.num_experts, m.router.k, training=False) is None for m in layers)
+        binding = [m for m in layers if m.capacity.limit(size, m.num_experts, m.router.k, training=False) is not None]
         fix = (
             "the router sets a capacity of its own by the padded length: give it sequences of equal length, as text has"
-            if own
-            else "--model.moe.capacity.eval=null makes evaluation dropless"
+            if not binding
+            else f"{without_drops(binding)} makes evaluation dropless"
         )
         return Finding("padding", "note", "; ".join(notes), fix)
     evidence = f"with {share} padding: what it holds changes no logit, load or loss; none is routed"

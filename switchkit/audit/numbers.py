@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchkit import stats
-from switchkit.audit.probe import Finding, Probe, hooked, learned, sparse_layers, stacks
+from switchkit.audit.probe import Finding, Probe, called, hooked, learned, sparse_layers, stacks
 from switchkit.losses.balance import Balance, SequenceBalance, balance
 from switchkit.losses.base import Loss, alone
 from switchkit.records import Routing
@@ -29,11 +29,11 @@ def precision(probe: Probe) -> Finding:
     layers = sparse_layers(net)
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _, args: inputs.update({name: args})
+        return lambda _, args, kwargs: inputs.update({name: called(*args, **kwargs)})
 
     wrong, worst = [], 0.0
     with torch.no_grad():
-        with hooked([layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]):
+        with hooked(layer.register_forward_pre_hook(keep(n), with_kwargs=True) for n, layer in layers.items()):
             net(probe.tokens)
         for name, layer in layers.items():
             x, *rest = inputs[name]

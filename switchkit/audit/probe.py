@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ __all__ = [
     "Probe",
     "Stack",
     "Status",
+    "called",
     "changed",
     "counted_group",
     "drawing",
@@ -38,6 +40,7 @@ __all__ = [
     "short_name",
     "sparse_layers",
     "stacks",
+    "without_drops",
 ]
 
 Status = Literal["ok", "note", "fault"]
@@ -205,6 +208,11 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
+def called(x: Tensor, valid: Tensor | None = None, ids: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+    """What a sparse layer was called with, by position or by name, in order."""
+    return x, valid, ids
+
+
 def learned(part: nn.Module) -> list[nn.Parameter]:
     return [p for p in part.parameters() if p.requires_grad]
 
@@ -259,6 +267,12 @@ def _lists(part: nn.Module, number: int) -> Iterator[nn.ModuleList]:
                 yield child
         elif not isinstance(child, Experts):
             yield from _lists(child, number)
+
+
+def without_drops(layers: Iterable[MoELayer]) -> str:
+    """The option that makes the evaluation of these layers dropless."""
+    takes = all("eval" in inspect.signature(type(layer.capacity)).parameters for layer in layers)
+    return "--model.moe.capacity.eval=null" if takes else "--model.moe.capacity=dropless"
 
 
 def short_name(part: object) -> str:
