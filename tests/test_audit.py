@@ -26,6 +26,7 @@ from switchkit import (
     RouterZ,
     Switch,
     TopK,
+    mean_probs,
     token_choice,
 )
 from switchkit.attention import Attention
@@ -253,6 +254,14 @@ class CountsPadding(Loss):
         return torch.stack([r.logits.square().mean() for r in routings]).sum()
 
 
+class CountsPaddingsExperts(CountsPadding):
+    """The balance loss of Hugging Face's: what padding would choose is counted."""
+
+    def __call__(self, routings):
+        shares = [nn.functional.one_hot(r.expert, 4).double().mean((0, 1)) for r in routings]
+        return sum(share @ mean_probs(r) for share, r in zip(shares, routings, strict=True))
+
+
 class Shy(Switch):
     """Says that it leaks, and does not."""
 
@@ -432,9 +441,14 @@ def test_padding_that_a_router_reads():
 
 
 def test_padding_that_a_loss_counts():
-    found = findings(losses=[CountsPadding])
+    found = findings(losses=[CountsPadding, CountsPaddingsExperts])
     assert status(found, "padding") == "fault"
-    assert found["padding"].evidence.startswith("CountsPadding counts padding")
+    told = found["padding"].evidence.split("; ")
+    assert [line.partition(":")[0] for line in told] == [
+        "CountsPadding counts padding",
+        "CountsPaddingsExperts counts padding",
+    ]
+
 
 class Tight(Factor):
     """Has no option."""

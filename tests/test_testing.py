@@ -36,6 +36,7 @@ from switchkit import (
     Sorted,
     Switch,
     TopK,
+    mean_probs,
     named,
     token_choice,
 )
@@ -343,6 +344,11 @@ def test_other_kinds_of_a_user() -> None:
         def __call__(self, routings: Any) -> Tensor:
             return sum((r.probs.square().sum() for r in routings), torch.zeros(()))
 
+    class PaddingsExperts(Weights):
+        def __call__(self, routings: Any) -> Tensor:
+            terms = (nn.functional.one_hot(r.expert, 4).double().mean((0, 1)) @ mean_probs(r) for r in routings)
+            return sum((term * r.valid.any() for term, r in zip(terms, routings, strict=True)), torch.zeros(()))
+
     class Tokens(Sorted):
         def combine(self, out: Tensor, rows: Any, routing: Routing) -> Tensor:
             return super().combine(out, rows, routing).flip(0)
@@ -357,6 +363,8 @@ def test_other_kinds_of_a_user() -> None:
     check_loss(Weights)
     with pytest.raises(Broken, match="Padding: padding that holds 100 changed the value .*: the length of the padding"):
         check_loss(Padding)
+    with pytest.raises(Broken, match="PaddingsExperts: padding that holds 100 changed the value, gradient of probs"):
+        check_loss(PaddingsExperts)
     first = next(r for r in results_of(Dispatcher, Tokens, {}, ("compiles",)) if r.status == "failed")
     assert first.detail.startswith(
         "Tokens: the paper's formulas give another y, gradient of x, gradient of router.weight"

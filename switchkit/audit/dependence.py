@@ -290,12 +290,15 @@ def _real(routing: Routing, valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "G N"]:
 
 
 def _spoilt(routing: Routing, valid: Bool[Tensor, "B S"]) -> Routing:
-    """The record with other logits and probabilities at padding."""
+    """The record with other logits, probabilities, experts and weights at padding."""
     groups, size = routing.valid.shape
     flat = torch.cat([valid.flatten(), valid.new_zeros(groups * size - valid.numel())]).view(groups, size, 1)
     wild = 3 * torch.ones_like(routing.logits).cumsum(-1)
+    real, other = _real(routing, valid), (routing.expert + 1) % routing.logits.shape[-1]
     return replace(
         routing,
+        expert=torch.where(real, routing.expert, other),
+        weight=torch.where(real, routing.weight, 3),
         logits=torch.where(flat, routing.logits, wild.to(routing.logits.dtype)),
         probs=torch.where(flat, routing.probs, wild.softmax(-1).to(routing.probs.dtype)),
     )

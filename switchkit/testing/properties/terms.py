@@ -67,24 +67,30 @@ def loss_of_nothing_is_zero(case: LossCase) -> None:
 
 @breaks("the length of the padding steers the router")
 def loss_ignores_padding(case: LossCase) -> None:
-    """What the record holds for padding, NaN included, changes neither the loss nor its gradient."""
+    """What the record holds for padding, NaN and other experts included, changes neither the loss nor its gradient."""
     loss, r = case.loss(), case.record()
     assert not r.valid.all()
-    padding = ~r.valid.unsqueeze(-1)
+    theirs = ~r.valid.gather(1, r.token)
+    padding = {"logits": ~r.valid.unsqueeze(-1), "probs": ~r.valid.unsqueeze(-1), "weight": theirs}
+    other = torch.where(theirs, (r.expert + 1) % r.logits.shape[-1], r.expert)
 
     def of(filler: float | None) -> dict[str, Tensor]:
-        logits = r.logits.detach().requires_grad_()
-        probs = r.probs.detach().requires_grad_()
-        given = [logits, probs] if filler is None else [v.masked_fill(padding, filler) for v in (logits, probs)]
-        value = loss([replace(r, logits=given[0], probs=given[1])])
+        leaves = {name: getattr(r, name).detach().requires_grad_() for name in padding}
+        if filler is None:
+            value = loss([replace(r, **leaves)])
+        else:
+            filled = {name: leaf.masked_fill(padding[name], filler) for name, leaf in leaves.items()}
+            value = loss([replace(r, **filled, expert=other)])
         found = {"value": value}
-        for name, leaf in (("logits", logits), ("probs", probs)):
+        for name, leaf in leaves.items():
             grad = (
                 torch.autograd.grad(value, leaf, allow_unused=True, retain_graph=True)[0]
                 if value.requires_grad
                 else None
             )
-            found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad.masked_fill(padding, 0)
+            found[f"gradient of {name}"] = (
+                torch.zeros_like(leaf) if grad is None else grad.masked_fill(padding[name], 0)
+            )
         return found
 
     for filler in (100.0, float("nan")):
