@@ -46,6 +46,7 @@ from switchkit.testing import (
     check_experts,
     check_loss,
     check_router,
+    properties,
     run_router,
 )
 from switchkit.testing.cases import Case
@@ -371,6 +372,83 @@ def test_other_kinds_of_a_user() -> None:
     )
     first = next(r for r in results_of(Experts, Alone, {}, ("compiles",)) if r.property.startswith("rows"))
     assert first.detail.startswith("Alone: rows that belong to no expert have an output, zeros expected: ")
+
+
+def asked(base: type, cls: type, *names: str, **options: Any) -> dict[str, str]:
+    """What came of some properties alone."""
+    others = [name for name in properties.__all__ if name not in names]
+    return {r.property: r.status for r in results_of(base, cls, options, others) if r.property in names}
+
+
+class Late(Factor):
+    """Counts the load after the drop, in training alone."""
+
+    def __init__(self, train: float = 0.5, eval: float = 0.5) -> None:
+        super().__init__(train, eval)
+
+    def place(self, routing: Routing, limit: int | None, *, training: bool) -> Routing:
+        placed = super().place(routing, limit, training=training)
+        return self.trained(placed, limit) if training and limit else placed
+
+    def trained(self, placed: Routing, limit: int) -> Routing:
+        assert placed.load is not None
+        return replace(placed, load=placed.load.clamp(max=limit))
+
+
+class KeepsAll(Late):
+    """Drops nothing in training, whatever the capacity."""
+
+    def trained(self, placed: Routing, limit: int) -> Routing:
+        return replace(super().place(placed, None, training=False), capacity=limit, kept=placed.chosen)
+
+
+class Twice(Best):
+    """In training a token is sent to its expert a second time; the tokens are jittered."""
+
+    k = 2
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts, jitter=0.01)
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        probs = (logits := self.logits(tokens)).softmax(-1)
+        weight, expert = probs.topk(2, -1)
+        if self.training:
+            weight, expert = (value[..., :1].expand_as(value) for value in (weight, expert))
+        return token_choice(logits, probs, expert, weight, valid)
+
+
+class Neighbours(Mlp):
+    """In training rows get the output of the expert before theirs, and rows of none get one too."""
+
+    def forward(self, rows: Rows) -> Tensor:
+        y = super().forward(rows)
+        return y.roll(1, 0) + 0.1 if self.training else y
+
+
+def test_what_a_part_does_in_training_alone_is_looked_at() -> None:
+    assert asked(CapacityPolicy, Late, "accounts_balance") == {"accounts_balance": "failed"}
+    assert asked(CapacityPolicy, KeepsAll, "capacity_is_filled") == {"capacity_is_filled": "failed"}
+    assert asked(Router, Twice, "accounts_balance") == {"accounts_balance": "failed"}
+    names = ("equals_the_loop", "rows_of_no_expert_are_zero")
+    assert asked(Experts, Neighbours, *names) == dict.fromkeys(names, "failed")
+
+
+class Centred(Best):
+    """In training, with jitter, the logits of a token are told from those of the other sequences."""
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts, jitter=0.01)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        found = super().logits(tokens)
+        return found - found.mean(0, keepdim=True) if self.training and len(found) else found
+
+
+def test_sequences_that_meet_in_training_alone_are_seen_beside_noise() -> None:
+    for router, status in ((Centred, "failed"), (Switch, "held")):
+        options = {"jitter": 0.3} if router is Switch else {}
+        assert asked(Router, router, "sequences_do_not_meet", **options) == {"sequences_do_not_meet": status}
 
 
 # Those that are special in some way; `test_contract.py` holds all parts to the same properties one by one.

@@ -37,6 +37,11 @@ def _both(case: Case) -> list[Case]:
     return [case, replace(case, capacity="dropless", capacity_options=None)]
 
 
+def _modes(cases: Sequence[Case]) -> list[Case]:
+    """In evaluation, and in training, where a part may do something of its own."""
+    return [*cases, *(replace(case, training=True) for case in cases)]
+
+
 def _pairs(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(options.items()))
 
@@ -50,25 +55,26 @@ def ask_router(cls: type[Router], options: Mapping[str, Any], around: Around) ->
     case = Case(router=cls, k=k, options=_pairs(given), subject=cls.__name__)
     traits = traits_of(case)
     both = _both(case)
-    still = both if traits.draws else [*both, *(replace(c, training=True) for c in both)]
+    modes, steady = _modes(both), not traits.draws
     placing = when(traits.places, "it places tokens itself")
     mixing = when(traits.mixes, "its slots are mixtures of tokens")
     published = cls in (Switch, TopK) and not set(given) - {"jitter", "input_dropout", "sample", "temperature"}
-    yield ask(p.accounts_balance, *both, exact=not traits.optional)
-    yield ask(p.probabilities_add_up, case)
-    yield ask(p.capacity_is_filled, *both, unless=placing)
-    yield ask(p.first_come_first_served, *both, unless=placing)
-    yield ask(p.equals_the_loop, *both)
+    exact = not traits.optional
+    yield ask(p.accounts_balance, *modes, exact=exact, steady=steady and not case.layer().router.uneven)
+    yield ask(p.probabilities_add_up, *_modes([case]))
+    yield ask(p.capacity_is_filled, *modes, unless=placing)
+    yield ask(p.first_come_first_served, *modes, unless=placing)
+    yield ask(p.equals_the_loop, *modes)
     yield ask(p.equals_the_paper, *both, unless=when(not published, "the kit has no loop for its formulas"))
-    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in both for d in ("sorted", "padded")))
+    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in modes for d in ("sorted", "padded")))
     yield ask(p.finite_differences_agree, case)
     alone = when(not traits.single, "it needs more than one expert")
     yield ask(p.one_expert_is_dense, case, unless=mixing or alone, whole=traits.whole)
     yield ask(p.equal_experts_are_dense, case, unless=mixing)
     yield ask(p.task_gradient_reaches_the_router, case, unless=when(not traits.learned, "it learns nothing"))
     yield ask(p.nothing_at_all_is_fine, *both)
-    yield ask(p.padding_changes_nothing, *still)
-    yield ask(p.sequences_do_not_meet, *still)
+    yield ask(p.padding_changes_nothing, *modes, steady=steady)
+    yield ask(p.sequences_do_not_meet, *modes, steady=steady)
     leaks = traits.leaks
     yield ask(p.the_future_changes_nothing, *both, unless=leaks and f"it declares that it leaks: {leaks}")
     yield ask(p.leaks_as_declared, case, unless=when(not leaks, "it declares no leak"))
@@ -100,13 +106,14 @@ def ask_capacity(cls: type[CapacityPolicy], options: Mapping[str, Any], around: 
     moves = any(run(c.layer(), *c.inputs())[1].asked is not None for c in cases)
     moving = when(moves, "it sends overflow to other experts")
     served = when(not honest, f"it declares that it leaks: {leaks[-1][1]}")
-    yield ask(p.accounts_balance, *cases)
-    yield ask(p.capacity_is_filled, *cases, *small, unless=moving)
-    yield ask(p.first_come_first_served, *honest, unless=moving or served)
+    modes = _modes(cases)
+    yield ask(p.accounts_balance, *modes)
+    yield ask(p.capacity_is_filled, *modes, *small, unless=moving)
+    yield ask(p.first_come_first_served, *_modes(honest), unless=moving or served)
     yield ask(p.counts_are_exact, base)
-    yield ask(p.equals_the_loop, *cases)
+    yield ask(p.equals_the_loop, *modes)
     yield ask(p.equals_the_paper, *honest, unless=moving or served)
-    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in cases for d in ("sorted", "padded")))
+    yield ask(p.dispatchers_agree, *(replace(c, dispatcher=d) for c in modes for d in ("sorted", "padded")))
     yield ask(p.finite_differences_agree, *cases)
     yield ask(p.nothing_at_all_is_fine, *cases)
     yield ask(p.padding_changes_nothing, *cases)
@@ -128,14 +135,17 @@ def ask_experts(cls: type[Experts], options: Mapping[str, Any], around: Around) 
     # As wide as the tokens, so that a transposed matrix would fit.
     square = [replace(base, d_ff=base.d_model), *_both(base)]
     yield ask(p.experts_start_different, base)
-    yield ask(p.equals_the_loop, *layouts, *square, replace(base, router="switch", k=None))
-    yield ask(p.dispatchers_agree, *(replace(c, capacity="dropless") for c in layouts[:2]), *layouts[:2])
+    # What draws, such as dropout, gives a loop other numbers.
+    trained = [] if _draw(base) else [replace(c, training=True) for c in layouts]
+    yield ask(p.equals_the_loop, *layouts, *square, replace(base, router="switch", k=None), *trained)
+    dropless = [replace(c, capacity="dropless") for c in layouts[:2]]
+    yield ask(p.dispatchers_agree, *dropless, *layouts[:2], *trained[:2])
     yield ask(p.finite_differences_agree, *layouts)
     yield ask(p.one_expert_is_dense, *layouts)
     differ = when(not _alike(base), "its experts differ in more than their weights")
     yield ask(p.equal_experts_are_dense, *layouts, unless=differ)
     yield ask(p.idle_experts_get_zero_gradients, *layouts, *small, replace(base, router="switch", k=None))
-    yield ask(p.rows_of_no_expert_are_zero, base)
+    yield ask(p.rows_of_no_expert_are_zero, *_modes([base]))
     yield ask(p.nothing_at_all_is_fine, *layouts, replace(base, router="switch", k=None))
     yield ask(p.padding_changes_nothing, *layouts)
     yield ask(p.sequences_do_not_meet, *layouts)
@@ -154,6 +164,14 @@ def _alike(case: Case) -> bool:
     token = case.inputs()[0][0, 0]
     first, *others = (one_expert(layer.experts, e, token) for e in range(case.num_experts))
     return all(torch.allclose(first, other) for other in others)
+
+
+def _draw(case: Case) -> bool:
+    """Whether the experts draw random numbers in training."""
+    layer, inputs = case.layer(training=True), case.inputs()
+    before = torch.get_rng_state()
+    layer(*inputs)
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def ask_dispatcher(cls: type[Dispatcher], options: Mapping[str, Any], around: Around) -> Iterator[Question]:

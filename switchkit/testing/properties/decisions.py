@@ -38,14 +38,15 @@ def _decide(case: Case) -> tuple[MoELayer, Tensor, Tensor, Routing, Tensor, Tens
 
 
 @breaks("tokens are lost or computed for nothing, and every loss and metric that counts them is off")
-def accounts_balance(case: Case, *, exact: bool = True) -> None:
+def accounts_balance(case: Case, *, exact: bool = True, steady: bool = True) -> None:
     """kept + dropped = chosen, no padding among them, k for every real token, and load counts them before a drop.
 
     What a policy moves to another expert counts in load for the one that the router chose (`asked`).
 
-    Without `exact` a token may make fewer than k choices. The router's own `k` is the record's, unless it is `uneven`
-    or has slots that are mixtures.
+    Without `exact` a token may make fewer than k choices, without `steady` in training. The router's own `k` is the
+    record's, unless it is `uneven` or has slots that are mixtures.
     """
+    exact = exact and (steady or not case.training)
     layer, x, valid, r, kept, slot = _decide(case)
     real = oracle.groups(valid, case.group)
     padding = int((r.chosen & ~real.gather(1, r.token)).sum())

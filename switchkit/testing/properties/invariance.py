@@ -25,8 +25,11 @@ __all__ = [
 
 
 @breaks("sequences of different lengths in a batch will disturb each other")
-def padding_changes_nothing(case: Case) -> None:
-    """Neither what it holds, NaN included, nor its side, nor (where capacity does not grow with it) its amount."""
+def padding_changes_nothing(case: Case, *, steady: bool = True) -> None:
+    """Neither what it holds, NaN included, nor its side, nor (where capacity does not grow with it) its amount.
+
+    Without `steady` each place has random numbers of its own in training, so that tokens stay where they are.
+    """
     layer = case.layer()
     x, valid, ids = case.inputs()
     expected = results(layer, x, valid, ids)
@@ -34,7 +37,7 @@ def padding_changes_nothing(case: Case) -> None:
         other = x.masked_fill(~valid.unsqueeze(-1), filler)
         found = results(layer, other, valid, ids.masked_fill(~valid, 7))
         same(found, expected, EXACT, f"padding that holds {filler:g} changed")
-    if case.group != "sequence":
+    if case.group != "sequence" or (case.training and not steady):
         return
     # All real tokens to the left, then to the right: outputs of the real tokens and losses stay.
     flipped = []
@@ -60,10 +63,21 @@ def _longer(x: Tensor) -> Tensor:
 
 
 @breaks("outputs depend on which sequences share a batch, and gradients do not add up over micro-batches")
-def sequences_do_not_meet(case: Case) -> None:
-    """A sequence gets the same outputs alone as in a batch, and gradients of micro-batches add up to the batch's."""
+def sequences_do_not_meet(case: Case, *, steady: bool = True) -> None:
+    """A sequence gets the same outputs alone as in a batch, and gradients of micro-batches add up to the batch's.
+
+    Without `steady` a batch of another size has other random numbers in training: then others take their places.
+    """
     layer = case.layer()
     x, valid, ids = case.inputs()
+    if case.training and not steady:
+        expected, _ = run(layer, x, valid, ids)
+        for b in range(len(x)):
+            mine = torch.arange(len(x), device=x.device) == b
+            row, place = mine.view(-1, 1, 1), mine.view(-1, 1)
+            y, _ = run(layer, torch.where(row, x, x.flip(1) + 1), valid | ~place, torch.where(place, ids, ids + 1))
+            same({"output": y[b]}, {"output": expected[b]}, EXACT, "other sequences of the batch changed the")
+        return
     zero = x.new_zeros(())
 
     def task(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
