@@ -451,6 +451,77 @@ def test_sequences_that_meet_in_training_alone_are_seen_beside_noise() -> None:
         assert asked(Router, router, "sequences_do_not_meet", **options) == {"sequences_do_not_meet": status}
 
 
+class Placed(Best):
+    """Decides by the token and by its place."""
+
+    by_position = True
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts)
+        self.place = nn.Parameter(torch.randn(16, num_experts))
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        logits = self.logits(tokens) + self.place.to(tokens.dtype)[(valid.cumsum(-1) - 1).clamp(0, 15)]
+        weight, expert = logits.softmax(-1).topk(1, dim=-1)
+        return token_choice(logits, logits.softmax(-1), expert, weight, valid)
+
+
+def test_a_router_that_says_that_it_looks_at_the_place_may() -> None:
+    name = "order_goes_with_the_tokens"
+    assert asked(Router, Placed, name) == {name: "skipped"}
+    silent = type("Silent", (Placed,), {"by_position": False})
+    assert asked(Router, silent, name) == {name: "failed"}
+
+
+class UnitLength(Best):
+    """An option that is named as one of others, and means the length of the tokens."""
+
+    k = 2
+
+    def __init__(self, d_model: int, num_experts: int, *, normalize: bool = True) -> None:
+        super().__init__(d_model, num_experts)
+        self.normalize = normalize
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        logits = self.logits(nn.functional.normalize(tokens, dim=-1) if self.normalize else tokens)
+        weight, expert = logits.softmax(-1).topk(min(2, self.num_experts), dim=-1)
+        return token_choice(logits, logits.softmax(-1), expert, weight, valid)
+
+
+def test_an_option_named_normalize_may_mean_something_else() -> None:
+    assert asked(Router, UnitLength, "equal_experts_are_dense") == {"equal_experts_are_dense": "held"}
+
+
+class Seldom(Best):
+    """Takes any expert for one token in three hundred."""
+
+    def forward(self, tokens: Tensor, limit: int | None, valid: Tensor, ids: Tensor | None = None) -> Routing:
+        probs = (logits := self.logits(tokens)).softmax(-1)
+        expert = probs.argmax(-1)
+        if self.training:
+            any_one = torch.randint_like(expert, self.num_experts)
+            expert = torch.where(torch.rand_like(probs[..., 0]) < 0.003, any_one, expert)
+        expert = expert.unsqueeze(-1)
+        return token_choice(logits, probs, expert, probs.gather(-1, expert), valid)
+
+
+class Overload(Loss):
+    """What the mean probabilities have above twice an even share."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1)
+
+    def __call__(self, routings: Any) -> Tensor:
+        return sum(((mean_probs(r) - 0.5).relu().sum() for r in routings), torch.zeros(()))
+
+
+def test_what_shows_seldom_is_looked_for() -> None:
+    name = "exploration_stays_in_the_router"
+    assert asked(Router, Seldom, name) == {name: "held"}
+    name = "loss_reaches_the_router"
+    assert asked(Loss, Overload, name) == {name: "held"}
+
+
 # Those that are special in some way; `test_contract.py` holds all parts to the same properties one by one.
 SPECIAL = [
     *((Router, name) for name in ("expert_choice", "gshard", "soft")),

@@ -78,7 +78,7 @@ def ask_router(cls: type[Router], options: Mapping[str, Any], around: Around) ->
     leaks = traits.leaks
     yield ask(p.the_future_changes_nothing, *both, unless=leaks and f"it declares that it leaks: {leaks}")
     yield ask(p.leaks_as_declared, case, unless=when(not leaks, "it declares no leak"))
-    placed = when(traits.by_position, "it decides by the place of a token alone")
+    placed = when(traits.by_position or cls.by_position, "it decides by the place of a token")
     yield ask(p.order_goes_with_the_tokens, case, unless=placed)
     uneven = when(not traits.uniform, "parameters of zero do not make it uniform")
     yield ask(p.balance_is_one_when_uniform, case, unless=uneven)

@@ -14,6 +14,7 @@ from switchkit.losses.balance import Balance
 from switchkit.losses.router_z import RouterZ
 from switchkit.process import threads
 from switchkit.records import Routing, Rows
+from switchkit.routing.sigmoid import Sigmoid
 from switchkit.testing import oracle
 from switchkit.testing.cases import (
     EXACT,
@@ -151,7 +152,9 @@ def equal_experts_are_dense(case: Case) -> None:
 
 def normalizes(router: Any) -> bool:
     """True where a router says that the weights of a token add up to one."""
-    says = getattr(router, "normalize", None) in ("before", "after", True) or getattr(router, "softmax", "") == "after"
+    says = getattr(router, "normalize", None) in ("before", "after") or getattr(router, "softmax", "") == "after"
+    # True may mean anything in a router of the user's own: the length of its tokens, as in `soft`.
+    says = says or (isinstance(router, Sigmoid) and router.normalize)
     return says and getattr(router, "scale", 1) == 1
 
 

@@ -140,15 +140,24 @@ def loss_changes_nothing(case: LossCase) -> None:
 
 @breaks("it is added to the loss and changes nothing")
 def loss_reaches_the_router(case: LossCase) -> None:
-    """Some parameter of the router has a gradient from it."""
-    layer = case.case.layer(training=True)
-    _, r = run(layer, *case.case.inputs())
+    """Some parameter of the router has a gradient from it, on one of several records: even ones, and crowded ones."""
+    records = [(seed, alike) for alike in (False, True) for seed in range(4)]
+    expect(
+        any(_pull(case, *record) > 1e-12 for record in records), "no parameter of the router gets a gradient from it"
+    )
+
+
+def _pull(case: LossCase, seed: int, alike: bool) -> float:
+    """The size of the gradient of the router; `alike`: of tokens that are nearly one, so that an expert has most."""
+    made = replace(case.case, seed=seed)
+    layer = made.layer(training=True)
+    x, valid, ids = made.inputs()
+    _, r = run(layer, x[:1, :1] + x / 10 if alike else x, valid, ids)
     value = case.loss()([r])
-    grads: tuple[Tensor | None, ...] = ()
-    if value.requires_grad:
-        grads = torch.autograd.grad(value, tuple(learned(layer.router).values()), allow_unused=True)
-    size = max((float(grad.norm()) for grad in grads if grad is not None), default=0.0)
-    expect(size > 1e-12, "no parameter of the router gets a gradient from it")
+    if not value.requires_grad:
+        return 0.0
+    grads = torch.autograd.grad(value, tuple(learned(layer.router).values()), allow_unused=True)
+    return max((float(grad.norm()) for grad in grads if grad is not None), default=0.0)
 
 
 @breaks("the optimizer follows a gradient that is not that of the loss")
