@@ -34,7 +34,17 @@ from switchkit.report.tables import console
 __all__ = ["run"]
 
 _POINTS = 20
-_REFUSED = {"seed_everything": "--seeds N trains seeds 0 to N - 1", "ckpt_path": "a comparison goes on by itself"}
+_LENGTH, _PLACE = "--budget says how long runs train", "--out FOLDER says where runs are"
+_REFUSED = {
+    "seed_everything": "--seeds N trains seeds 0 to N - 1",
+    "ckpt_path": "a comparison goes on by itself",
+    "trainer.default_root_dir": _PLACE,
+    **dict.fromkeys(("trainer.max_epochs", "trainer.min_epochs", "trainer.min_steps", "trainer.max_time"), _LENGTH),
+    **dict.fromkeys(
+        ("trainer.val_check_interval", "trainer.check_val_every_n_epoch"), "--every N says when runs are evaluated"
+    ),
+}
+_GROUPS = ("model", "data", "trainer")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -45,7 +55,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     definition = define(asked.recipes)
     budget = Budget.parse(asked.budget or definition.budget or "steps")
     seeds = asked.seeds or definition.seeds or 3
-    folder = Folder(Path(asked.out or f"runs/compare/{definition.name}"))
+    if asked.out is not None and not asked.out.strip():
+        raise UserError("--out needs the name of a folder")
+    folder = Folder(Path(asked.out or f"runs/compare/{definition.name}").expanduser())
     before = folder.found()
     again = f"switchkit compare {shlex.join(argv)}"
     try:
@@ -84,6 +96,7 @@ def _compare(
     out = console()
     trees = {entry.name: composed(entry, edits, plugins) for entry in definition.entries}
     models = {name: model_of(name, tree) for name, tree in trees.items()}
+    _check(edits, budget, any(_seeded(tree, models[name]) for name, tree in trees.items()))
     twin = reference(definition, asked.twin, models)
     wanted = {
         "recipes": trees,
@@ -139,6 +152,22 @@ def _compare(
         results = _write(folder, trees, results, twin, definition.title, notes, plots)
     _tell(results, twin, folder.path)
     return [result for result in results if not result.finished]
+
+
+def _check(edits: Sequence[tuple[str, str]], budget: Budget, seeded: bool) -> None:
+    """Refuse settings that would be written over.
+
+    Raises:
+        UserError: steps beside a budget that has a number of its own, or a seed of data that follow the runs' seeds.
+    """
+    given = dict(edits)
+    if "trainer.max_steps" in given and budget.value is not None:
+        raise UserError(
+            f"compare: --trainer.max_steps {given['trainer.max_steps']}: the budget is {budget}: give "
+            f"--budget steps={given['trainer.max_steps']}"
+        )
+    if "data.seed" in given and seeded:
+        raise UserError(f"compare: --data.seed {given['data.seed']}: {_REFUSED['seed_everything']}, and their data")
 
 
 def _measure(name: str, tree: Mapping[str, Any], model: Model, out: Any) -> float:
@@ -237,7 +266,7 @@ def _parser(command: str) -> OptionParser:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The command's own words, and the settings for all runs: ``--trainer.max_steps 20`` as ``fit`` takes it."""
+    """The command's own words, and the settings for all runs: ``--data.path my.txt`` as ``fit`` takes it."""
     own: list[str] = []
     edits: list[tuple[str, str]] = []
     position = 0
@@ -250,7 +279,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             raise UserError(f"compare: {name}: {_REFUSED[key]}")
         if name in ("-c", "--config"):
             raise UserError(f"compare: {name}: recipes are given without it: switchkit compare A B")
-        if not (name.startswith("--") and ("." in key or key in ("init_from", "keep_memory"))):
+        if not (name.startswith("--") and ("." in key or key in ("init_from", "keep_memory", *_GROUPS))):
             own.append(argument)
             continue
         if not given:

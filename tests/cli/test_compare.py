@@ -302,13 +302,20 @@ BAD = {
     "a comparison among recipes": (["both.yaml", "small.yaml"], "both.yaml is a comparison already; give it alone"),
     "no budget": (["both.yaml", "--budget", "days=1"], "--budget days=1: expected steps, steps=N"),
     "too small": (["both.yaml", "--budget", "flops=10"], "too little for a single step of dense, moe; one step takes"),
-    "no seed": (["both.yaml", "--seeds", "0"], "--seeds: expected a number from 1 up, got '0'"),
+    "no seed": (["both.yaml", "--seeds", "0"], "--seeds: expected an integer of at least 1, got '0'"),
     "a seed": (["both.yaml", "--seed_everything", "3"], "--seeds N trains seeds 0 to N - 1"),
     "no validation": (
         ["both.yaml", "--trainer.limit_val_batches", "0.0"],
         "runs are compared by their validation loss",
     ),
     "no training": (["both.yaml", "--trainer.limit_train_batches=0"], "runs that train on nothing cannot be compared"),
+    "steps": (["both.yaml", "--trainer.max_steps", "2"], "the budget is steps=6: give --budget steps=2"),
+    "time": (["both.yaml", "--trainer.max_time", "00:00:01:00"], "--budget says how long runs train"),
+    "a seed of the data": (["both.yaml", "--data.seed", "7"], "--data.seed 7: --seeds N trains seeds 0 to N - 1"),
+    "a place": (["both.yaml", "--trainer.default_root_dir", "there"], "--out FOLDER says where runs are"),
+    "no folder": (["both.yaml", "--out", ""], "--out needs the name of a folder"),
+    "a folder at home": (["both.yaml", "--out=~/full"], "/full: this is there already"),
+    "a part": (["both.yaml", "--data", "Text"], "run dense: --data: unknown data module 'Text'"),
     "a checkpoint": (["both.yaml", "--ckpt_path=last"], "a comparison goes on by itself"),
     "config": (["--config", "both.yaml"], "recipes are given without it"),
     "no twin": (["both.yaml", "--twin", "dens"], "no run is called so. Did you mean 'dense'?"),
@@ -324,7 +331,8 @@ BAD = {
 
 @pytest.mark.daily(but=["no twin", "too small", "a part that does not fit"])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_command_lines(small: Path, run, name: str) -> None:
+def test_bad_command_lines(small: Path, run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small))
     (small / "full").mkdir()
     (small / "full" / "letter.txt").write_text("mine")
     argv, told = BAD[name]
