@@ -82,35 +82,33 @@ def _from_file(path: Path, values: Mapping[str, Any]) -> Definition:
             f"{path}: runs: expected a mapping of two runs or more, name: configurations; got {short(runs)}"
         )
     base = _configs(values.get("base"), path, "base")
-    entries = []
-    for name, own in runs.items():
-        key = f"runs.{name}"
-        entries.append(Entry(_run_name(name, f"{path}: run"), (*base, *_configs(own, path, key))))
+    runs = {_run_name(name, f"{path}: run"): own for name, own in runs.items()}
+    entries = [Entry(name, (*base, *_configs(own, path, f"runs.{name}"))) for name, own in runs.items()]
     seeds, twin, budget = values.get("seeds"), values.get("twin"), values.get("budget")
     if seeds is not None and (not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1):
         raise UserError(f"{path}: seeds: expected a number of seeds from 1 up, got {short(seeds)}")
+    twin = None if twin is None else str(twin)
     if twin is not None and twin not in runs:
-        raise UserError(f"{path}: twin: no run is called {twin!r}{near(str(twin), runs)} Runs: {', '.join(runs)}")
+        raise UserError(f"{path}: twin: no run is called {twin!r}{near(twin, runs)} Runs: {', '.join(runs)}")
     equal = _equal_flops(values.get("equal_flops"), path, runs)
     comments = (line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
     return Definition(path.stem, next(comments, path.stem), tuple(entries), seeds, budget, twin, equal)
 
 
 def _equal_flops(given: Any, path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
-    """Run names to run names, none of which is on both sides."""
+    """Run names to run names, as text, none of which is on both sides."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: equal_flops: expected a mapping of a run to a run, got {short(given)}")
+    given = {str(name): str(other) for name, other in given.items()}
     for name in (*given, *given.values()):
         if name not in runs:
-            raise UserError(
-                f"{path}: equal_flops: no run is called {name!r}{near(str(name), runs)} Runs: {', '.join(runs)}"
-            )
+            raise UserError(f"{path}: equal_flops: no run is called {name!r}{near(name, runs)} Runs: {', '.join(runs)}")
     both = next((name for name in given if name in given.values()), None)
     if both is not None:
         raise UserError(f"{path}: equal_flops: {both} takes its steps from another run, so that none can take {both}'s")
-    return {str(name): str(other) for name, other in given.items()}
+    return given
 
 
 def _configs(given: Any, path: Path, key: str) -> tuple[str | Source, ...]:
@@ -131,8 +129,12 @@ def _configs(given: Any, path: Path, key: str) -> tuple[str | Source, ...]:
 
 
 def _run_name(name: Any, what: str) -> str:
-    """The name, if it can be one of a folder."""
+    """The name, if it can be one of a folder and of a curve in a picture, which leaves out those that begin with _."""
     text = str(name)
-    if not text or not all(c.isalnum() or c in "-_.+" for c in text) or text.startswith("."):
-        raise UserError(f"{what} {short(name)}: letters, digits and - _ . + only, for it names a folder")
+    if isinstance(name, bool) or name is None:
+        raise UserError(f"{what} {text}: YAML reads this as no text: write the name in quotes")
+    if not text or not all(c.isalnum() or c in "-_.+" for c in text) or text[0] in "._":
+        raise UserError(
+            f"{what} {short(name)}: letters, digits and - _ . + only, and none of _ and . first, for it names a folder"
+        )
     return text

@@ -350,6 +350,10 @@ FILES = {
     "runs: [a, b]": "expected a mapping of two runs or more",
     "runs: {a: small.yaml, b: 3}": "runs.b: expected the name of a recipe, a mapping, or a list of these; got 3",
     "runs: {a: small.yaml, b/c: small.yaml}": "letters, digits and - _ . + only",
+    "runs: {a: small.yaml, _b: small.yaml}": "none of _ and . first, for it names a folder",
+    "runs: {on: small.yaml, off: small.yaml}": "run True: YAML reads this as no text: write the name in quotes",
+    "runs: {2: small.yaml, 4: small.yaml}\ntwin: 3": "twin: no run is called '3'",
+    "runs: {2: small.yaml, 4: small.yaml}\nequal_flops: {2: 3}": "equal_flops: no run is called '3'",
     "runs: {a: small.yaml, b: small.yaml}\nseed: 3": "a comparison has no key 'seed'. Did you mean 'seeds'?",
     "runs: {a: small.yaml, b: small.yaml}\nseeds: many": "seeds: expected a number of seeds from 1 up, got 'many'",
     "runs: {a: small.yaml, b: small.yaml}\ntwin: c": "twin: no run is called 'c'",
@@ -363,6 +367,14 @@ FILES = {
     "runs: {a: small.yaml, b: [small.yaml, {trainer: {limit_train_batches: 0}}]}": "runs that train on nothing",
     "runs: {a: small.yaml, b: [small.yaml, {trainer: {max_stepps: 1}}]}": "runs.b: trainer.max_stepps: Trainer",
 }
+
+
+def test_names_that_yaml_reads_as_numbers(small: Path) -> None:
+    text = "runs: {2: small.yaml, 4: small.yaml, 8: small.yaml}\ntwin: 2\nequal_flops: {8: 4}"
+    (small / "numbers.yaml").write_text(text)
+    found = define(["numbers.yaml"])
+    assert [entry.name for entry in found.entries] == ["2", "4", "8"]
+    assert (found.twin, found.equal_flops) == ("2", {"8": "4"})
 
 
 @pytest.mark.parametrize("text", FILES)
