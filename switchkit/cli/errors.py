@@ -12,7 +12,7 @@ from types import TracebackType
 
 from switchkit.registry import nearest
 
-__all__ = ["UserError", "exit_code", "first_process", "listed", "near", "one_line", "short"]
+__all__ = ["UserError", "disk_is_full", "exit_code", "first_process", "listed", "near", "one_line", "short"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -31,7 +31,7 @@ def one_line(error: BaseException) -> str | None:
     its own refuse, such as to monitor a metric that nobody logs.
     """
     if isinstance(error, OSError):
-        full = error.errno in _FULL
+        full = disk_is_full(error)
         if not full and not _raised_here(error.__traceback__, through_stdlib=True):
             return None
         reason = (error.strerror or str(error)) + (": free some, or write to another disk" if full else "")
@@ -46,6 +46,11 @@ def one_line(error: BaseException) -> str | None:
     if refused or (isinstance(error, RuntimeError) and _raised_by_lightning(error.__traceback__, "callbacks")):
         return _flat(str(error))
     return None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether there was no room for a file."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def exit_code(exit: SystemExit) -> int:

@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from switchkit import checkpoints
-from switchkit.cli.errors import one_line
+from switchkit.callbacks import Translations
+from switchkit.cli.errors import disk_is_full, one_line
 from switchkit.compare.folder import Folder, Result
 from switchkit.compare.plan import Model, cli_of
 from switchkit.compare.quiet import quiet
@@ -65,9 +66,9 @@ def train(
             _fit(cli, recorder, place)
             found = _last_evaluation(cli)
         status, reason = "finished", ""
-    except OSError:
-        raise  # a full disk is none of the run's doing
     except Exception as error:
+        if disk_is_full(error):
+            raise  # which is none of the run's doing
         status, reason = "failed", one_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         place.mkdir(parents=True, exist_ok=True)
         (place / "error.txt").write_text(traceback.format_exc(), "utf-8")
@@ -119,6 +120,8 @@ def _last_evaluation(cli: Any) -> Mapping[str, float]:
     Raises:
         NonFiniteError: the loss is no number. No step after the last one would have noticed.
     """
+    # Which would generate, and show what nobody asked for.
+    cli.trainer.callbacks = [one for one in cli.trainer.callbacks if not isinstance(one, Translations)]
     found: Mapping[str, float] = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
     loss = found["val/loss"]
     if not math.isfinite(loss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from switchkit.callbacks import Translations
 from switchkit.compare import runner
 from switchkit.compare.budget import Cost
 from switchkit.compare.folder import Folder, Result
@@ -22,13 +25,17 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def end(found: float | Exception) -> Result:
         def validate(*_: Any, **options: Any) -> list[dict[str, float]]:
+            assert [type(callback) for callback in cli.trainer.callbacks] == [EMAWeightAveraging]
             if isinstance(found, Exception):
                 raise found
             return [{"val/loss": found}]
 
+        callbacks = [Translations(), EMAWeightAveraging()]
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         cli = SimpleNamespace(
-            trainer=SimpleNamespace(validate=validate, strategy=strategy, callbacks=[]), model=None, datamodule=None
+            trainer=SimpleNamespace(validate=validate, strategy=strategy, callbacks=callbacks),
+            model=None,
+            datamodule=None,
         )
         monkeypatch.setattr(runner, "cli_of", lambda *_: cli)
         monkeypatch.setattr(runner, "_fit", lambda *_: None)
@@ -51,3 +58,13 @@ def test_a_held_out_loss_that_is_no_number_is_a_failure(trained: Any, tmp_path: 
     assert (result.status, result.held_out_loss) == ("failed", None)
     assert result.reason == f"non-finite held-out loss {loss} after the last step. Lower the learning rate"
     assert "NonFiniteError" in (tmp_path / "runs/a/seed0/error.txt").read_text()
+
+
+def test_a_file_that_is_missing_is_a_failure_of_its_run(trained: Any) -> None:
+    result = trained(FileNotFoundError(errno.ENOENT, "No such file", "shard-7.bin"))
+    assert (result.status, result.reason) == ("failed", "FileNotFoundError: [Errno 2] No such file: 'shard-7.bin'")
+
+
+def test_a_full_disk_is_none(trained: Any) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        trained(OSError(errno.ENOSPC, "No space left on device"))
