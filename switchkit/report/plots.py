@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -38,27 +39,30 @@ def plot_curves(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     every: list[float] = []
+    ends: list[float] = [] if mark is None else [mark]
     for number, (name, seeds) in enumerate(curves.items()):
         colour = f"C{number % 10}"
         style = ("-", "--", ":")[number // 10 % 3]
         alike = len({tuple(xs) for xs, _ in seeds}) == 1 and len(seeds) > 1
         for index, (xs, ys) in enumerate(seeds):
             every += ys
+            ends += ys[-1:]
             label = None if alike or index else name
-            axes.plot(xs, ys, style, color=colour, label=label, alpha=0.25 if alike else 1, linewidth=1)
+            dot = "." if len(xs) == 1 else None  # a line of one point is none
+            axes.plot(xs, ys, style, color=colour, label=label, alpha=0.25 if alike else 1, linewidth=1, marker=dot)
         if alike:
             mean = [sum(values) / len(values) for values in zip(*(ys for _, ys in seeds), strict=True)]
-            axes.plot(seeds[0][0], mean, style, color=colour, label=name)
+            axes.plot(seeds[0][0], mean, style, color=colour, label=name, marker="." if len(mean) == 1 else None)
     if mark is not None:
         axes.axhline(mark, linestyle="--", linewidth=1, color="grey")
-    finite = sorted(value for value in every if value == value and abs(value) != float("inf"))
+    finite = sorted(filter(math.isfinite, every))
     if finite:
         # The first points, of a model that has learned nothing, would press all the others together.
-        high = finite[int(0.95 * (len(finite) - 1))]
+        high = max(finite[int(0.95 * (len(finite) - 1))], *filter(math.isfinite, ends))
         room = 0.05 * max(high - finite[0], 1e-6)
         axes.set_ylim(finite[0] - room, high + room)
     axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.set_title(title.replace("$", r"\$"), fontsize="medium", wrap=True)  # which would begin a formula
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     temporary = path.with_name(f".{path.name}.part")
