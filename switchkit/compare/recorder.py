@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
 from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
 
-__all__ = ["Mark", "Recorder", "Show"]
+__all__ = ["Recorder", "Show", "recorded"]
 
 Show = Callable[[int, float, float | None, float], None]
 
@@ -22,7 +23,8 @@ class Recorder(L.Callback):
     """Measures the held-out loss every so many steps, and what training cost until then.
 
     It goes before the callbacks that save, so that a checkpoint of a step holds the point of that step, and a resumed
-    run has the very curve of one that was not interrupted. The clock runs while the model trains and its data is read,
+    run has the very curve of one that was not interrupted, and after those that average weights, whose average of the
+    step it measures (`recorded`). The clock runs while the model trains and its data is read,
     not while it is evaluated or saved; `Mark`, the last callback, starts it again.
 
     Args:
@@ -135,6 +137,13 @@ class Mark(L.Callback):
         self.recorder.mark()
 
 
+def recorded(callbacks: Sequence[L.Callback], recorder: Recorder) -> list[L.Callback]:
+    """The callbacks of a run with a recorder among them."""
+    averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    others = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
+    return [*averages, recorder, *others, Mark(recorder)]
+
+
 def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     """Mean cross-entropy of the held-out tokens that validation reads while fitting, in nats.
 
@@ -149,11 +158,16 @@ def held_out_loss(trainer: L.Trainer, module: L.LightningModule) -> float:
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
     most = limit if isinstance(limit, int) else None if limit == 1 else max(1, int(limit * len(loader)))
+    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for callback in averages:
+        callback.on_validation_epoch_start(trainer, module)  # puts its average into the model, as for validation
     with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
         for index, batch in enumerate(islice(loader, most)):
             module.validation_step(trainer.strategy.batch_to_device(batch), index)
     found = float(module.evaluation.compute()["loss"])
     module.evaluation.reset()
+    for callback in reversed(averages):
+        callback.on_validation_epoch_end(trainer, module)
     return found
 
 

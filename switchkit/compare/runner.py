@@ -23,7 +23,7 @@ from switchkit.cli.errors import disk_is_full, one_line
 from switchkit.compare.folder import Folder, Result
 from switchkit.compare.plan import Model, cli_of
 from switchkit.compare.quiet import quiet
-from switchkit.compare.recorder import Mark, Recorder, Show
+from switchkit.compare.recorder import Recorder, Show, recorded
 from switchkit.report.tables import device_name
 from switchkit.step import NonFiniteError
 
@@ -96,7 +96,7 @@ def train(
 
 def _fit(cli: Any, recorder: Recorder, place: Path) -> None:
     trainer = cli.trainer
-    trainer.callbacks = [recorder, *trainer.callbacks, Mark(recorder)]
+    trainer.callbacks = recorded(trainer.callbacks, recorder)
     if not Path(trainer.log_dir).resolve().is_relative_to(place.resolve()):
         # Checkpoints lie in the folder of the first logger, and are looked for in the run's.
         trainer.loggers = [CSVLogger(place, name=""), *trainer.loggers]

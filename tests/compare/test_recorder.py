@@ -10,10 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from small import NET, TOP2, Pads, data, module, trainer, weights
 
 from switchkit import Factor, MoELayer, Switch, checkpoints
-from switchkit.compare.recorder import Mark, Recorder
+from switchkit.compare.recorder import Recorder, recorded
 
 
 class Witness(L.Callback):
@@ -34,7 +35,7 @@ def fit(folder: Path, recorder: Recorder, *more: L.Callback, moe: Any = None, **
     source = data(folder)
     model = module(source, moe=moe or partial(MoELayer, router=Switch, capacity=partial(Factor, train=0.5, eval=None)))
     runner: Any = trainer(folder, val_check_interval=10**9, num_sanity_val_steps=0, **options)
-    runner.callbacks = [recorder, *runner.callbacks, *more, Mark(recorder)]
+    runner.callbacks = recorded([*runner.callbacks, *more], recorder)
     runner.fit(model, source)
     return runner, model
 
@@ -60,6 +61,19 @@ def test_a_share_of_the_batches_is_lightnings(tmp_path: Path) -> None:
     assert len(runner.datamodule.val_dataloader()) == 3, "of which a half is one and a bit"
     (found,) = runner.validate(model, datamodule=runner.datamodule, verbose=False)
     assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
+
+
+def test_curves_are_of_averaged_weights_where_the_end_is(tmp_path: Path) -> None:
+    for name in ("plain", "average"):
+        (tmp_path / name).mkdir()
+    plain = fit(tmp_path / "plain", Recorder(2), steps=4)[1]
+    recorder = Recorder(2)
+    runner, model = fit(tmp_path / "average", recorder, EMAWeightAveraging(decay=0.9), steps=4)
+    (found,) = runner.validate(model, datamodule=runner.datamodule, verbose=False)
+    assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
+    # The weights that train are their own again.
+    saved = checkpoints.read(checkpoints.last(tmp_path / "average"))["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in plain.state_dict().items())
 
 
 def test_training_is_the_same_with_and_without_points(tmp_path: Path) -> None:
