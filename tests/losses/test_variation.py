@@ -138,7 +138,8 @@ def test_collapse_is_the_worst() -> None:
 
 def test_importance_counts_overflow_for_the_router_s_choice() -> None:
     """Three of four tokens for one expert find no room and go elsewhere: it still got all the weight, E - 1."""
-    routing = replace(collapsed(0, tokens=4), slot=None, kept=None, load=None)
+    routing = collapsed(0, tokens=4)  # probabilities of 0, to whose experts nothing would go
+    routing = replace(routing, probs=routing.probs.clamp(min=1e-9), slot=None, kept=None, load=None)
     moved = NoTokenLeftBehind().place(routing, 1, training=True)
     assert moved.taken.tolist() == [[1] * 4]
     assert Importance()([moved]).item() == pytest.approx(3)
