@@ -104,13 +104,14 @@ def _compare(
         "equal_flops": dict(definition.equal_flops),
         "every": asked.every,
         "data": {n: m.data for n, m in models.items()},
+        "text": {n: m.sha256 for n, m in models.items()},
     }
     plots = can_plot()
     if not plots:
         told = "no pictures will be drawn: pip install 'switchkit[plot]' for them; everything else is written"
         out.print(told, markup=False, highlight=False)
     if before is not None:
-        folder.same({key: before.get(key) for key in wanted}, wanted)
+        folder.same({key: before.get(key, value) for key, value in wanted.items()}, wanted)
         steps = before["steps"]
     else:
         seconds: dict[str, float] = {}
@@ -221,9 +222,13 @@ def _notes(
     )
     parts = " or ".join(dict.fromkeys(part_of(model.evaluated) for model in models.values()))
     texts = list(dict.fromkeys(model.data for model in models.values()))
+    own = models.values()
+    texts_alike = len({(model.data, model.sha256) for model in own}) == 1
+    # Of one text, in batches of one size.
+    alike = texts_alike and len({model.cost.tokens for model in own}) == 1 and all(model.ordered for model in own)
     notes = [
-        f"{seeds} seed{'s' * (seeds > 1)}, budget {budget}: {told} for a run; "
-        "runs of one seed read the same data in the same order",
+        f"{seeds} seed{'s' * (seeds > 1)}, budget {budget}: {told} for a run"
+        + "; runs of one seed read the same data in the same order" * alike,
         f"data: {'; '.join(texts)}",
         f"held-out loss: nats per token over {parts}, last weights; ±: standard deviation over seeds",
         f"faster in steps or time: to the last loss of the curve of {twin}",
@@ -233,10 +238,17 @@ def _notes(
     equal = [f"{name} spends the operations of {other}" for name, other in equal_flops.items()]
     if equal:
         notes.insert(1, f"{'; '.join(equal)}, in {', '.join(f'{steps[name]:,}' for name in equal_flops)} steps")
-    if len(texts) > 1:
+    if not texts_alike:
         notes.insert(
             2, "the runs read different data: their losses compare only where the held-out tokens are the same"
         )
+    first = next(iter(own))
+    if any(model.vocabulary != first.vocabulary for model in own):
+        notes.insert(2, "the runs have different vocabularies: losses per token, and what was faster, do not compare")
+    if len({model.held_out[0] for model in own}) > 1:
+        notes.insert(2, "the losses, and what was faster, do not compare: they are of different held-out tokens")
+    elif len({model.held_out for model in own}) > 1:
+        notes.insert(2, "what was faster does not compare: the curves are of different held-out tokens")
     return notes
 
 

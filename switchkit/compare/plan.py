@@ -22,7 +22,9 @@ from switchkit.compare.budget import Budget, Cost
 from switchkit.compare.definition import Definition, Entry
 from switchkit.compare.quiet import quiet
 from switchkit.counts import Counts, count
+from switchkit.data.base import ResumableData
 from switchkit.data.pair_loaders import BucketedPairs
+from switchkit.data.tokenizers import Tokenizer
 from switchkit.models import EncoderDecoder
 from switchkit.module import LanguageModule
 
@@ -60,6 +62,14 @@ class Model:
     """The text is made up, by the data's seed."""
     evaluated: int | None = None
     """Batches of the held-out text that the loss is of; None: all."""
+    sha256: str | None = None
+    """Of the text; None: the data do not say."""
+    vocabulary: Tokenizer | int = 0
+    """Or how many symbols it has, where that is all there is."""
+    held_out: tuple[int | None, int | None] = (None, None)
+    """Sequences of the held-out text that the loss is of, None: all; and the prefix that the curve is of."""
+    ordered: bool = True
+    """The data have a generator of their own: their order does not follow what a model draws."""
 
 
 def composed(entry: Entry, edits: Sequence[tuple[str, str]], plugins: Sequence[str]) -> dict[str, Any]:
@@ -120,13 +130,21 @@ def model_of(name: str, tree: Mapping[str, Any]) -> Model:
     if isinstance(module.net, EncoderDecoder) and source:
         # The count is that of one token of the source and one of the target together.
         per_token *= (source + targets) / (2 * targets)
+    batches = _evaluated(data, cli.trainer.limit_val_batches)
     return Model(
         counts=counts,
         cost=Cost(tokens=round(tokens), flops=round(3 * per_token * tokens)),
         sparse=bool(module.sparse_layers),
         data=str(info.get("description", type(data).__name__)),
         generated=bool(info.get("generated", False)),
-        evaluated=_evaluated(data, cli.trainer.limit_val_batches),
+        evaluated=batches,
+        sha256=info.get("sha256"),
+        vocabulary=module.vocab_size if module.tokenizer is None else module.tokenizer,
+        held_out=(
+            None if batches is None else batches * getattr(data, "eval_batch_size", 1),
+            getattr(data, "validation_prefix", None),
+        ),
+        ordered=isinstance(data, ResumableData),
     )
 
 

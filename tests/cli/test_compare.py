@@ -264,6 +264,17 @@ def test_a_full_disk_stops_everything(small: Path, run, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_another_text_under_the_same_name_is_another_comparison(small: Path, run) -> None:
+    argv = ("compare", "both.yaml", "--out", "out", "--budget", "steps=1", "--seeds", "1", "--plugins", "ending")
+    assert run(*argv)[0] == 0
+    text = small / "text.txt"
+    text.write_text(text.read_text().replace("quick", "kciuq"))
+    code, _, err = run(*argv, "--seeds", "2")
+    assert code == 2
+    assert "out belongs to another comparison: text.dense is" in err
+
+
+@pytest.mark.slow
 def test_recipes_and_a_budget_of_operations(small: Path, run) -> None:
     """Two files; and without matplotlib everything but the pictures."""
     wide = yaml.safe_load((small / "small.yaml").read_text())

@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from switchkit.cli.compare import _notes
-from switchkit.compare.budget import Budget
+from switchkit.compare.budget import Budget, Cost
 from switchkit.compare.definition import Entry
 from switchkit.compare.folder import Folder
-from switchkit.compare.plan import _evaluated, composed, model_of, steps_of
-from switchkit.data import PairData
+from switchkit.compare.plan import Model, _evaluated, composed, model_of, steps_of
+from switchkit.data import CharTokenizer, PairData
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -68,6 +69,25 @@ def test_a_recipe_is_written_with_the_steps_of_its_run(tmp_path: Path) -> None:
     found = folder.found()
     assert found is not None
     assert found["recipes"]["a"] == tree
+
+
+def test_what_does_not_compare_is_noted() -> None:
+    one = Model(
+        None, Cost(8, 8), True, "a text", False, sha256="0", vocabulary=CharTokenizer("ab"), held_out=(None, 64)
+    )  # type: ignore[arg-type]
+
+    def noted(**changes: Any) -> str:
+        models = {"a": one, "b": replace(one, **changes)}
+        return "\n".join(_notes(Budget("steps", 1), 1, {"a": 1, "b": 1}, "a", models, {}))
+
+    assert "the same data in the same order" in noted()
+    assert "compare" not in noted().replace("compared", "")
+    assert "the runs have different vocabularies" in noted(vocabulary=CharTokenizer("abc"))
+    assert "what was faster does not compare: the curves" in noted(held_out=(None, 32))
+    assert "the losses, and what was faster, do not compare" in noted(held_out=(5, 64), evaluated=5)
+    assert "the runs read different data" in noted(sha256="1")
+    for change in ({"cost": Cost(4, 8)}, {"ordered": False}, {"sha256": "1"}):
+        assert "the same order" not in noted(**change)
 
 
 @pytest.mark.daily("5-the whole held-out text")
