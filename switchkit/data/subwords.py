@@ -107,6 +107,11 @@ class FileTokenizer(Tokenizer):
     def special_id(self, text: str) -> int | None:
         return self._special.get(text)
 
+    def token(self, number: int) -> str | None:
+        """How the file writes the token of an id; None: it has none of that id."""
+        found: str | None = self._own.id_to_token(number)
+        return found
+
     def encode(self, text: str) -> Int[Tensor, "S"]:
         """The ids of a text, int64.
 

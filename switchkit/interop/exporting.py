@@ -96,6 +96,7 @@ def export_hf(
         _write_json(temporary / "generation_config.json", _generation(config, kept))
         if isinstance(module.tokenizer, FileTokenizer):
             (temporary / "tokenizer.json").write_text(module.tokenizer.text, encoding="utf-8")
+            _write_json(temporary / "tokenizer_config.json", _tokenizer_config(module.tokenizer, config))
         _write_tensors(temporary, table, own, shard_size, save_file, read)
         if target.exists():
             target.rmdir()
@@ -170,6 +171,19 @@ def _known(module: LanguageModule) -> dict[str, Any]:
         if module.tokenizer.pad_id is not None:
             own["pad_token_id"] = module.tokenizer.pad_id
     return {**own, **(module.hugging_face.get("config") or {})}
+
+
+def _tokenizer_config(tokenizer: FileTokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has transformers take tokenizer.json as it is: a family's own class adds tokens to it, or fails on it."""
+    found = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in SPECIAL_IDS:
+        given = config[name]
+        # Of several ends it knows the first.
+        first = given[0] if isinstance(given, list) and given else given
+        text = tokenizer.token(first) if isinstance(first, int) and first >= 0 else None
+        if text is not None:
+            found[name.removesuffix("_id")] = text
+    return found
 
 
 def _check_like(like: Mapping[str, Any], vocab_size: int) -> None:

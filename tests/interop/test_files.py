@@ -14,7 +14,7 @@ import small
 import torch
 from interop.zoo import V, far, our_logits, save, stored, their_logits
 
-from switchkit import Decoder, EncoderDecoder, LanguageModule, checkpoints
+from switchkit import Attention, Decoder, EncoderDecoder, LanguageModule, checkpoints
 from switchkit.cli import main
 from switchkit.data import FileTokenizer
 from switchkit.interop import export_hf, import_hf
@@ -273,6 +273,27 @@ def test_without_an_import_the_ids_are_the_tokenizers(tmp_path) -> None:
     export_hf(module, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 1, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "t5"])
+def test_transformers_reads_the_vocabulary_as_it_is(tmp_path, family: str) -> None:
+    """Not with the ends of the family's own tokenizers, which may lie beyond the model's rows."""
+    tokenizers, hf = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = ["<unk>", "</s>", "<pad>", "a", "b", "c"]
+    own = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    own.add_special_tokens(["</s>", "<pad>"])
+    own.save(str(tmp_path / "words.json"))
+    gated = partial(FeedForward, gated=True, activation="silu")
+    sizes = {"d_model": 8, "num_heads": 2, "d_ff": 8, "sparse": []}
+    heads = partial(Attention, qk_norm="head" if family == "qwen3" else None)
+    net = partial(Decoder, num_layers=1, norm="rms", context=8, feed_forward=gated, attention=heads, **sizes)
+    if family == "t5":
+        net = partial(EncoderDecoder, encoder_layers=1, start_id=2, **sizes)
+    tokenizer = FileTokenizer(str(tmp_path / "words.json"))
+    assert export_hf(LanguageModule(net, tokenizer=tokenizer, losses=[]), tmp_path / "m") == family
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert theirs("abca")["input_ids"] == tokenizer.encode("abca").tolist()
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id, len(theirs)) == (1, 2, None, 6)
 
 
 def test_a_vocabulary_without_an_end_stays_without(tmp_path) -> None:
