@@ -100,6 +100,7 @@ def _parser(command: str) -> OptionParser:
         help="of the distributions; the student learns at the same (default: 1)",
     )
     add("--dtype", choices=("float16", "float32"), help="of the logarithms kept (default: float16)")
+    add("--context", type=positive, metavar="N", help="tokens of a window of a text (default: its own, or up to 128)")
     add("--stride", type=positive, metavar="N", help="tokens from window to window of a text (default: its context)")
     add(
         "--draws",
@@ -119,6 +120,7 @@ def _check(options: Namespace) -> None:
         "k": None,
         "temperature": 1.0,
         "dtype": "float16",
+        "context": None,
         "stride": None,
         "draws": None,
         "device": None,

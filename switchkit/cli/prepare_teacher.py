@@ -35,14 +35,17 @@ def prepare_teacher(options: Namespace) -> int:
     from switchkit.distill.stored import is_stored
     from switchkit.distill.storing import store
     from switchkit.distill.teacher import open_teacher
+    from switchkit.models.inputs import check_inputs
 
     refuse_existing(options.out)
     if is_stored(path):
         raise UserError(f"--teacher {options.teacher}: this is what a teacher said already; name its checkpoint")
     opened = open_all([path])[0]
     text = options.files[0] if options.files else None
-    data = data_of(opened, text, "--teacher", stage="fit", stride=options.stride, draws=options.draws)
+    windows = {"stride": options.stride, "draws": options.draws, "context": options.context}
+    data = data_of(opened, text, "prepare --teacher CKPT FILE", stage="fit", **windows)
     teacher = open_teacher(path)
+    check_inputs(teacher.net, data)
     columns = (TextColumn("Asking the teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with stops_cleanly(), Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("")

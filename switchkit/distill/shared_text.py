@@ -14,8 +14,10 @@ from switchkit.data.span_data import SpanData
 from switchkit.data.stream_data import StreamData
 from switchkit.data.text import TextData
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.spec import build
+from switchkit.twins import net_of
 
 __all__ = ["Opened", "check_alike", "data_of", "load_module", "open_all"]
 
@@ -28,6 +30,7 @@ class Opened:
     tokenizer: Tokenizer | None
     data: Mapping[str, Any] | None
     source: Mapping[str, Any] | None
+    model: Mapping[str, Any]
 
 
 def open_all(paths: Sequence[str | Path]) -> list[Opened]:
@@ -41,7 +44,7 @@ def open_all(paths: Sequence[str | Path]) -> list[Opened]:
         settings = checkpoints.read_settings(path)
         tokenizer = (settings["model"].get("init_args") or {}).get("tokenizer")
         made = build(tokenizer)() if tokenizer is not None else None
-        found.append(Opened(path, made, settings["data"], settings["source"]))
+        found.append(Opened(path, made, settings["data"], settings["source"], settings["model"]))
     return found
 
 
@@ -89,6 +92,7 @@ def data_of(
     stage: str = "validate",
     stride: int | None = None,
     draws: int | None = None,
+    context: int | None = None,
 ) -> ResumableData:
     """The data module of a checkpoint, set up; on another text where one is named.
 
@@ -101,14 +105,16 @@ def data_of(
             are windows.
         draws: ways in which each window with holes is read; null: its own, or for "fit" 8 where its holes would be
             drawn anew in each epoch: with one alone a student of many epochs would learn these holes by heart.
+        context: tokens of a window of text; null: its own, or, where it has no data, as many as `TextData` takes
+            and the model reads.
 
     Raises:
-        ValueError: it has none, or none that reads one text.
+        ValueError: it has none, or none that reads one text, or that the model reads.
     """
     if opened.data is None:
         if text is None:
             raise ValueError(f"{opened.path} does not say what it was trained on: name a text ({option})")
-        data: Any = TextData(text, tokenizer=opened.tokenizer)
+        data: Any = _data_for(opened, text)
     else:
         factory = build(opened.data)
         arguments = dict(factory.keywords)
@@ -130,6 +136,10 @@ def data_of(
         raise ValueError(f"--stride {stride}: the data of {opened.path}, {kind}, are no windows of a text")
     if draws is not None and not isinstance(data, SpanData):
         raise ValueError(f"--draws {draws}: the data of {opened.path}, {kind}, have no holes that are drawn")
+    if context is not None:
+        if not isinstance(data, TextData):
+            raise ValueError(f"--context {context}: the data of {opened.path}, {kind}, are no windows of one text")
+        data.context = context
     if isinstance(data, TextData):
         data.stride = stride or data.stride or (data.context if stage == "fit" else None)
     if isinstance(data, SpanData):
@@ -139,6 +149,26 @@ def data_of(
     data.prepare_data()
     data.setup(stage)
     return data
+
+
+def _data_for(opened: Opened, text: str) -> TextData | SpanData:
+    """A text as the model of a checkpoint without data reads it."""
+    if opened.tokenizer is None:
+        raise ValueError(
+            f"{opened.path} has no vocabulary to read {text} with: train it on data with one first (fit --init_from)"
+        )
+    size = (opened.model.get("init_args") or {}).get("vocab_size")
+    net = net_of(opened.model, opened.tokenizer.vocab_size if size is None else size)
+    if not isinstance(net, EncoderDecoder):
+        data = TextData(text, tokenizer=opened.tokenizer)
+        data.context = min(data.context, net.context) if isinstance(net, Decoder) else data.context
+        return data
+    if not opened.tokenizer.sentinels:
+        raise ValueError(
+            f"the vocabulary of {opened.path} has no sentinels, with which its encoder could read {text} with holes: "
+            "train it on pairs first (fit --ckpt_path, --data PairData)"
+        )
+    return SpanData(text, tokenizer=opened.tokenizer)
 
 
 def load_module(path: Path, device: str) -> LanguageModule:

@@ -7,12 +7,14 @@ import io
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from switchkit import ByteTokenizer, LanguageModule, checkpoints, registry
+from switchkit import ByteTokenizer, Decoder, EncoderDecoder, LanguageModule, checkpoints, registry
 from switchkit.cli.lightning import build
+from switchkit.interop.files import save_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -148,11 +150,6 @@ def test_what_does_not_fit(taught, run):
 
 
 def test_an_imported_teacher_brings_no_data(folder, run):
-    from functools import partial
-
-    from switchkit import Decoder, LanguageModule
-    from switchkit.interop.files import save_checkpoint
-
     net = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=2, context=16, sparse=[0])
     save_checkpoint(LanguageModule(net, tokenizer=ByteTokenizer()), Path("bare.ckpt"))
     code, _, err = run("fit", "-c", "distill", "--model.teacher", "bare.ckpt")
@@ -227,6 +224,35 @@ def test_words_on_another_text(taught, run):
     assert code == 0, err
     cli = build(["-c", "distill", "--model.teacher", "words"])
     assert (cli.datamodule.path, cli.datamodule.stride) == ("other.txt", 4)
+
+
+def test_words_of_an_imported_teacher(folder, run):
+    """It brings no data, so that the text is read as its model can."""
+    Path("short.txt").write_text("the lazy dog.\n" * 500)
+    asked = ["short.txt", "--k", "2", "--device", "cpu"]
+    for kind, net in {
+        "decoder": partial(Decoder, num_layers=1, context=16),
+        "pair": partial(EncoderDecoder, encoder_layers=1),
+    }.items():
+        sizes = {"d_model": 8, "num_heads": 2, "d_ff": 8, "sparse": []}
+        tokenizer = ByteTokenizer()
+        save_checkpoint(LanguageModule(partial(net, **sizes), tokenizer=tokenizer, losses=[]), Path(f"{kind}.ckpt"))
+        code, _, err = run("prepare", "--teacher", f"{kind}.ckpt", *asked, "--out", kind)
+        assert code == 0, err
+    found = {name: json.loads(Path(name, "teacher.json").read_text())["data"] for name in ("decoder", "pair")}
+    assert found["decoder"]["init_args"]["context"] == 16
+    assert found["pair"]["class_path"].endswith("SpanData")
+    code, _, err = run("prepare", "--teacher", "decoder.ckpt", *asked, "--context", "9", "--out", "nine")
+    assert code == 0, err
+    assert json.loads(Path("nine/teacher.json").read_text())["data"]["init_args"]["context"] == 9
+    for more, told in (
+        (["decoder.ckpt", *asked, "--context", "17"], "data.context 17 is longer than model.net.context 16"),
+        (["pair.ckpt", *asked, "--context", "9"], "--context 9: the data of pair.ckpt, SpanData, are no windows"),
+        (["decoder.ckpt"], "does not say what it was trained on: name a text (prepare --teacher CKPT FILE)"),
+    ):
+        code, _, err = run("prepare", "--teacher", *more, "--out", "words")
+        assert code == 2
+        assert told in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -355,7 +355,7 @@ def test_a_comparison_on_another_text_reads_that_text(tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "another"}) + "\n")
     source = data(tmp_path)
-    opened = Opened(tmp_path / "a.ckpt", source.tokenizer, describe_object(source), source.source_info())
+    opened = Opened(tmp_path / "a.ckpt", source.tokenizer, describe_object(source), source.source_info(), {})
     evaluated = data_of(opened, str(other))
     assert evaluated.source_info()["description"] == "other.jsonl"
     batch = next(iter(evaluated.evaluation_loader(None)))
@@ -365,7 +365,9 @@ def test_a_comparison_on_another_text_reads_that_text(tmp_path: Path) -> None:
 def test_checkpoints_of_other_streams_are_not_compared(tmp_path: Path) -> None:
     files = write(tmp_path, "jsonl", [3, 3])
     whole, part = data(tmp_path), StreamData(files[:1], validation_path=files[1])
-    opened = [Opened(Path("a.ckpt"), one.tokenizer, describe_object(one), one.source_info()) for one in (whole, part)]
+    opened = [
+        Opened(Path("a.ckpt"), one.tokenizer, describe_object(one), one.source_info(), {}) for one in (whole, part)
+    ]
     check_alike([opened[0], opened[0]], same_text=True)
     with pytest.raises(ValueError, match=r"another text \(part0.jsonl\) than .*part0.jsonl and 1 more"):
         check_alike(opened, same_text=True)
