@@ -180,15 +180,15 @@ class LanguageModule(L.LightningModule):
             self._step.clear()  # called by hand, each is a step of its own
         micro = self._seen(Seen(targets, found["load"], found["tokens"], found["bad_tokens"]))
         terms = [self._term(term, out.routings).to(learned.device) for term in self.losses]
-        routing = sum((t.weight * value for t, value in zip(self.losses, terms, strict=True)), 0.0)
+        routing = sum((t.weight * x for t, x in zip(self.losses, terms, strict=True)), learned.new_zeros(()))
         loss = learned + routing
+        own_loss = loss.detach()
         self.train_routing.update(found)
         named_terms = dict(zip(self._loss_names, terms, strict=True))
-        values = {"loss": loss, **named, **named_terms}
-        weights = self._step.add(micro, values)
+        weights = self._step.add(micro, {"loss": learned, **named}, {"loss": routing, **named_terms})
         if weights is not None:
             loss = weights[0] * learned + weights[1] * routing
-        return {"loss": loss, "own_loss": values["loss"].detach(), "targets": targets, "stats": found}
+        return {"loss": loss, "own_loss": own_loss, "targets": targets, "stats": found}
 
     def _learn(self, batch: Mapping[str, Tensor]) -> tuple[Output, Float[Tensor, ""], dict[str, Tensor]]:
         """The model on a batch, what is minimised beside the terms on its records, and what of it is logged.

@@ -58,6 +58,9 @@ class MicroBatch:
     every: Seen
     devices: int = 1
     values: Mapping[str, Tensor] | None = None
+    """Means over the targets of this device."""
+    terms: Mapping[str, Tensor] | None = None
+    """Means over the tokens that its routers saw. What both name is the sum of the two: the loss."""
 
     def weights(self, first: MicroBatch | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]] | None:
         """What to multiply the cross-entropy of this device, and the terms of this device, with; None: nothing.
@@ -69,15 +72,19 @@ class MicroBatch:
         if self.devices == 1 and first is None:
             return None
         entropy = self.devices * _share(self.own.targets, self.every.targets)
-        terms = self.devices * _share(self.own.tokens.sum(), self.every.tokens.sum())
+        terms = self.devices * self.token_share()
         if first is not None:
             among = _share(self.every.targets, first.every.targets)
             entropy, terms = entropy * among, terms * among
         return entropy, terms
 
-    def with_values(self, values: Mapping[str, Tensor]) -> MicroBatch:
-        """With what is logged of it: means over its targets on this device, detached."""
-        return replace(self, values={name: value.detach() for name, value in values.items()})
+    def token_share(self) -> Float[Tensor, ""]:
+        """This device's part of the tokens that the routers of all saw."""
+        return _share(self.own.tokens.sum(), self.every.tokens.sum())
+
+    def with_values(self, values: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> MicroBatch:
+        """With what is logged of it, detached."""
+        return replace(self, values=_detached(values), terms=_detached(terms))
 
 
 class NonFiniteError(ValueError):
@@ -104,10 +111,12 @@ class Step:
         """Chosen assignments of this device or of all devices; None: nothing was counted."""
         return None if self._counts is None else self._counts[scope == "global"][:, :-1]
 
-    def add(self, micro: MicroBatch, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def add(
+        self, micro: MicroBatch, values: Mapping[str, Tensor], terms: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
         """Take a micro-batch in, with what is logged of it; what its cross-entropy and its terms weigh, None: 1."""
         weights = micro.weights(self.batches[0] if self.batches else None)
-        self.batches.append(micro.with_values(values))
+        self.batches.append(micro.with_values(values, terms))
         return weights
 
     def bad(self) -> Int[Tensor, "L"]:
@@ -116,7 +125,8 @@ class Step:
 
     def broken(self) -> Int[Tensor, ""]:
         """How many losses were not finite, over all devices: all of them stop before one steps."""
-        found = torch.stack([~torch.isfinite((batch.values or {})["loss"]) for batch in self.batches]).sum()
+        losses = [(batch.values or {})["loss"] + (batch.terms or {})["loss"] for batch in self.batches]
+        found = (~torch.isfinite(torch.stack(losses))).sum()
         if self.batches[0].devices > 1:
             dist.all_reduce(found)
         return found
@@ -150,16 +160,27 @@ def gradient_scale(batches: Sequence[MicroBatch], accumulate: int) -> Float[Tens
 
 
 def weighted_means(batches: Sequence[MicroBatch]) -> dict[str, Float[Tensor, ""]]:
-    """The logged values over all micro-batches and devices, weighted by targets; one more all-reduce."""
-    names = list(batches[0].values or {})
-    table = torch.stack([torch.stack([(batch.values or {})[name].double() for name in names]) for batch in batches])
+    """The logged values over all micro-batches and devices, weighted as the step weighs them; one more all-reduce."""
+    several = batches[0].devices > 1
     targets = torch.stack([batch.own.targets for batch in batches]).double()
+    # Within a micro-batch by tokens, among micro-batches by the targets of all devices.
+    by_tokens = torch.stack([batch.every.targets * (batch.token_share() if several else 1) for batch in batches])
     # A device without a target has a mean of nothing, which weighs nothing.
-    sums = torch.cat([(table * targets.unsqueeze(-1)).sum(0), targets.sum().view(1)])
-    if batches[0].devices > 1:
-        dist.all_reduce(sums)
-    means = sums[:-1] / sums[-1].clamp(min=1)
-    return {name: mean.float() for name, mean in zip(names, means, strict=True)}
+    sums = _sums([batch.values or {} for batch in batches], targets)
+    for name, value in _sums([batch.terms or {} for batch in batches], by_tokens.double()).items():
+        sums[name] = sums[name] + value if name in sums else value
+    every = torch.stack([*sums.values(), targets.sum()])
+    if several:
+        dist.all_reduce(every)
+    return {name: mean.float() for name, mean in zip(sums, every[:-1] / every[-1].clamp(min=1), strict=True)}
+
+
+def _sums(rows: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    return {name: (torch.stack([row[name] for row in rows]).double() * weights).sum() for name in rows[0]}
+
+
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
 
 
 def warn_of_groups(module: nn.Module, devices: int) -> None:

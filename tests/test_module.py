@@ -38,7 +38,7 @@ from switchkit.losses.base import Loss
 from switchkit.models import Output
 from switchkit.optim import check_optimizer, decay_groups, learning_rate
 from switchkit.sampling import sample
-from switchkit.step import NonFiniteError, Seen
+from switchkit.step import NonFiniteError, Seen, weighted_means
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_terms(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_two_terms_of_a_kind_are_logged_each(tmp_path: Path) -> None:
     model = module(source, moe=TOP2, losses=[partial(Balance, weight=0.5), RouterZ, partial(Balance, weight=0.1)])
     batch = next(iter(source.train_dataloader()))
     model.training_step(batch, 0)
-    assert list(model._step.batches[0].values) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
+    assert list(weighted_means(model._step.batches)) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
 
 
 def test_data_that_a_model_cannot_read_are_refused_before_the_first_batch(tmp_path: Path) -> None:
@@ -684,7 +684,8 @@ def test_a_dense_model_stays_on_its_device(monkeypatch: pytest.MonkeyPatch) -> N
     batch = {"tokens": tokens, "targets": tokens}
     out = model.training_step(batch, 0)
     (seen,) = model._step.batches
-    assert {value.device.type for value in [*out["stats"].values(), *(seen.values or {}).values()]} == {"meta"}
+    kept = {**out["stats"], **(seen.values or {}), **(seen.terms or {}), "loss": out["loss"]}
+    assert {value.device.type for value in kept.values()} == {"meta"}
     validated: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(model.evaluation.routing, "update", validated.append)
     model.validation_step(batch, 0)

@@ -25,6 +25,17 @@ from switchkit.callbacks import SaveBest, SaveLast, UpdateRouterBias
 from switchkit.checkpoints import AtomicCheckpointIO, read
 from switchkit.step import MicroBatch, NonFiniteError
 
+
+class Untold(Case):
+    """The last rank has tokens, and no target to learn."""
+
+    def batches(self) -> list[list[dict[str, Tensor]]]:
+        found = super().batches()
+        for shares in found:
+            shares[-1]["targets"] = torch.full_like(shares[-1]["targets"], -100)
+        return found
+
+
 DROPS = partial(MOE, capacity=partial(Factor, train=0.5))
 GLOBAL = (partial(Balance, weight=0.5, scope="global"), partial(RouterZ, weight=0.1))
 BIAS = partial(MoELayer, router=partial(Sigmoid, k=2))
@@ -37,6 +48,7 @@ EXACT = {
     "dropless": Case(losses=GLOBAL),
     "drops": Case(losses=GLOBAL, moe=DROPS, clip=0.05),
     "accumulated": Case(losses=GLOBAL, micro=3),
+    "a rank without targets": Untold(losses=GLOBAL, padded=False),
     "expert choice": Case(**CHOICE),
     "bias": Case(losses=GLOBAL, moe=BIAS, options={"bias": True}, micro=2, steps=4),
 }
