@@ -113,6 +113,11 @@ class Recorder(L.Callback):
             held_out = self.points[-1]["held_out_loss"] if self.points else None
             self.show(self.steps, float(loss), held_out, self.tokens / max(self.seconds, 1e-9))
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Of a run that a callback ended.
+        if self.steps and (not self.points or self.points[-1]["step"] != self.steps):
+            self._point(trainer, pl_module)
+
     def _point(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total, count = self._losses
         self._losses = (0.0, 0)

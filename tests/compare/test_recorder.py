@@ -130,6 +130,16 @@ def test_gradient_accumulation_counts_steps_not_batches(tmp_path: Path) -> None:
     assert recorder.points[0]["train_loss"] > 0.8 * recorder.points[0]["held_out_loss"]
 
 
+def test_a_run_that_a_callback_ends_has_a_point_there(tmp_path: Path) -> None:
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    recorder = Recorder(2)
+    fit(tmp_path, recorder, Ends(), steps=9)
+    assert [point["step"] for point in recorder.points] == [2, 3]
+
+
 def test_the_training_loss_weighs_by_targets(tmp_path: Path) -> None:
     """As what is logged does, where the micro-batches of a step have unlike numbers of them."""
     recorder = Recorder(1)
