@@ -190,6 +190,9 @@ def test_the_scores_of_some_sentences_say_of_how_many() -> None:
     callback = Translations(pairs=2)
     one = Translation("a", "b", "c", "")
     found = {"val/bleu": 12.34, "val/chrf": 45.6}
+    other = Translations(pairs=1)
+    other.found = [one]
     for sentences, told in ((1, ""), (2, ", on the first 2 sentences")):
         callback.found = [one] * sentences
-        assert _translation(SimpleNamespace(callbacks=[callback]), found) == f"BLEU 12.3, chrF 45.6 of 100{told}"
+        shown = _translation(SimpleNamespace(callbacks=[other, callback]), found)
+        assert shown == f"BLEU 12.3, chrF 45.6 of 100{told}"

@@ -244,9 +244,10 @@ def _speed(cli: Any, wall: float) -> float | None:
 def _translation(trainer: Any, found: dict[str, float]) -> str:
     """BLEU and chrF, and of how many sentences where `Translations` stopped before the end of the held-out text."""
     told = f"BLEU {found['val/bleu']:.1f}, chrF {found['val/chrf']:.1f} of 100"
-    for callback in trainer.callbacks:
-        if isinstance(callback, Translations) and len(callback.found) == callback.pairs:
-            told += f", on the first {'sentence' if callback.pairs == 1 else f'{callback.pairs:,} sentences'}"
+    # The last one's are what was logged.
+    callback = next((one for one in reversed(trainer.callbacks) if isinstance(one, Translations)), None)
+    if callback is not None and len(callback.found) == callback.pairs:
+        told += f", on the first {'sentence' if callback.pairs == 1 else f'{callback.pairs:,} sentences'}"
     return told
 
 
