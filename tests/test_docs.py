@@ -136,7 +136,7 @@ def test_a_model_data_and_a_callback_of_ones_own(folder: Path) -> None:
 def test_the_run_in_python_trains_and_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, more = blocks(DOCS / "training.md")
+    metric, run, more = blocks(DOCS / "training.md")
     for told, short in (("max_steps=300", "max_steps=4"), ("val_check_interval=150", "val_check_interval=2")):
         assert told in run
         run = run.replace(told, short)
@@ -149,6 +149,9 @@ def test_the_run_in_python_trains_and_goes_on(
     names["trainer"] = names["L"].Trainer(max_steps=6, default_root_dir=folder, **parts)
     exec(more, names)
     assert names["trainer"].global_step == 6
+    names["batch"] = next(iter(names["data"].train_dataloader()))
+    exec(metric, names)
+    assert names["late"].compute().shape == (len(names["module"].sparse_layers), 64)
 
 
 def test_a_layer_of_ours_in_a_model_that_is_not() -> None:

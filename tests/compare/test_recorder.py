@@ -72,7 +72,7 @@ def test_curves_are_of_averaged_weights_where_the_end_is(tmp_path: Path) -> None
     (found,) = runner.validate(model, datamodule=runner.datamodule, verbose=False)
     assert recorder.points[-1]["held_out_loss"] == pytest.approx(found["val/loss"], abs=1e-6)
     # The weights that train are their own again.
-    saved = checkpoints.read(checkpoints.last(tmp_path / "average"))["state_dict"]
+    saved = checkpoints.read(checkpoints.last(tmp_path / "average"))["current_model_state"]
     assert all(torch.equal(saved[name], value) for name, value in plain.state_dict().items())
 
 
