@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from argparse import HelpFormatter
 from typing import NoReturn
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from switchkit.cli.errors import UserError
 
 __all__ = ["SwitchkitParser", "rewrite"]
+
+
+def _plain(dumper: yaml.SafeDumper, value: enum.Enum) -> yaml.Node:
+    """An enum as its parameter is written: a text that has names too as the text."""
+    return dumper.represent_data(value.value if isinstance(value, str) else value.name)
+
+
+# jsonargparse writes the defaults of a class, of which Lightning's Timer has one that YAML does not know.
+yaml.SafeDumper.add_multi_representer(enum.Enum, _plain)
 
 # Complaints of a union that say nothing: every value that is no null, no file and no class draws them.
 _IDLE = re.compile(r"Expected a (?:<class 'NoneType'>|NoneType|path but .*|dot import path string.*)$")

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -150,11 +151,12 @@ def _says(tree: Any, values: Any) -> bool:
 
 
 def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:
-    """As `merge_all`, without the sources that cannot be merged yet: what is known before a checkpoint is read."""
+    """As `merge_all`, without the keys that cannot be merged yet: what is known before a checkpoint is read."""
     tree: dict[str, Any] = {}
     for source in sources:
-        with suppress(UserError):
-            tree = _merge_root(tree, source, command)
+        for key, value in source.values.items():
+            with suppress(UserError):
+                tree = _merge_root(tree, replace(source, values=type(source.values)({key: value})), command)
     return tree
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from switchkit import ByteTokenizer, Decoder, EncoderDecoder, LanguageModule, checkpoints, registry
+from switchkit.cli.arguments import read_arguments
 from switchkit.cli.lightning import build
+from switchkit.cli.settings import compose
 from switchkit.interop.files import save_checkpoint
 
 pytestmark = [
@@ -369,3 +371,13 @@ def test_bad_options(run, more, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_recipe_names_the_teacher_and_changes_its_data(taught):
+    """In one file: the data have no class before the teacher is read."""
+    Path("mine.yaml").write_text(
+        f"model: {{init_args: {{teacher: {taught}}}}}\ndata: {{init_args: {{batch_size: 3}}}}\n"
+    )
+    found = compose("fit", read_arguments(["-c", "distill", "-c", "mine.yaml"]))
+    assert found["data"]["class_path"].endswith("TextData")
+    assert found["data"]["init_args"]["batch_size"] == 3

@@ -437,3 +437,15 @@ def test_a_checkpoint_of_weights_alone_is_told(taught, run):
     assert err.splitlines()[-1] == f"switchkit: error: {told}, or load_state_dict in code"
     assert run("validate", "--ckpt_path", "weights.ckpt")[0] == 0
     assert run("fit", *SMALL, "--init_from", "weights.ckpt")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_callback_with_an_enum_among_its_defaults(run):
+    timer = "{class_path: Timer, init_args: {duration: '00:00:05:00'}}"
+    code, _, err = run("fit", *SMALL, "--trainer.callbacks+", timer)
+    assert code == 0, err
+    config = "runs/version_0/config.yaml"
+    written = yaml.safe_load(Path(config).read_text())["trainer"]["callbacks"]
+    assert [callback["init_args"]["interval"] for callback in written] == ["step"]
+    code, _, err = run("fit", "--config", config)
+    assert code == 0, err
