@@ -156,7 +156,8 @@ def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:
     for source in sources:
         for key, value in source.values.items():
             with suppress(UserError):
-                tree = _merge_root(tree, replace(source, values=type(source.values)({key: value})), command)
+                own = Edit({key: value}) if source.typed else {key: value}
+                tree = _merge_root(tree, replace(source, values=own), command)
     return tree
 
 
