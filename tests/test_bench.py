@@ -433,6 +433,7 @@ def test_shapes_read_as_they_are_written() -> None:
 # -- malloc -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_is_kept_on_glibc() -> None:
     code = "from switchkit.process import keep_memory; print(keep_memory())"
     root = Path(__file__).parent.parent

@@ -59,6 +59,7 @@ def changed(rank: int, world: int, strategy: Any) -> list[torch.Tensor]:
     return apart.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sent"), [(DataParallelStrategy, False), (DDPStrategy, True)])
 def test_buffers_are_taken_from_the_first_process_once(strategy: type, sent: bool) -> None:
     """Lightning's own DDP sends them before each forward pass too, which is how the test sees the difference."""

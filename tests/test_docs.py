@@ -66,6 +66,7 @@ def test_the_router_of_the_tutorial_passes_its_own_checks(folder: Path) -> None:
         importlib.import_module("tutorial_test").test_top_p()
 
 
+@pytest.mark.slow
 def test_the_tutorials_experts_that_choose_pass_the_checks(folder: Path) -> None:
     (folder / "my_expert_share.py").write_text(blocks(DOCS / "your_own_router.md")[2], encoding="utf-8")
     with unchecked():

@@ -376,7 +376,7 @@ def test_other_kinds_of_a_user() -> None:
 
 def asked(base: type, cls: type, *names: str, **options: Any) -> dict[str, str]:
     """What came of some properties alone."""
-    others = [name for name in properties.__all__ if name not in names]
+    others = [name for name in properties.PROPERTIES if name not in names]
     return {r.property: r.status for r in results_of(base, cls, options, others) if r.property in names}
 
 

@@ -340,7 +340,7 @@ BAD = {
 }
 
 
-@pytest.mark.daily(but=["no twin", "too small", "a part that does not fit"])
+@pytest.mark.daily(but=["no twin", "a seed of the data", "steps", "too small", "a part that does not fit"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_command_lines(small: Path, run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(small))

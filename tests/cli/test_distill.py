@@ -38,6 +38,7 @@ def distilled(taught, run) -> Path:
     return checkpoints.last(Path("runs"))
 
 
+@pytest.mark.slow
 def test_everything_comes_from_the_teacher(taught):
     cli = build(["-c", "distill", "--model.teacher", str(taught)])
     assert cli.datamodule.path == "text.txt"
@@ -179,7 +180,7 @@ def test_pairs(folder, run):
     assert "compression" in out
 
 
-@pytest.mark.daily("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["1", "1.0"])
 def test_the_closing_table_has_both_on_the_same_text(dense, run, count):
     """A student with its teacher's weights and shape, untrained: no difference, on a part of the text or on all."""

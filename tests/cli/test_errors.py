@@ -281,6 +281,7 @@ def test_settings_that_lightning_trips_over_are_told_at_once(folder, run, option
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_the_trainer_refuses_by_a_type_error_is_one_line(run):
     code, out, error = run("fit", "-c", "small.yaml", "--trainer.devices", "2,")

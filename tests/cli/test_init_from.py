@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_keeps_its_own_weights(first):
     assert not torch.equal(cli.model.net.blocks[0].mlp.up.weight, weights(first)["net.blocks.0.mlp.up.weight"])
 
 
+@pytest.mark.slow
 def test_a_model_of_other_sizes_is_refused(first, run):
     Path("wide.yaml").write_text(Path("small.yaml").read_text().replace("d_model: 16", "d_model: 8"))
     code, _, err = run("fit", "-c", "wide.yaml", "--init_from", str(first))
@@ -142,6 +143,7 @@ def test_a_missing_file_is_named(run):
     assert "--init_from gone.ckpt: there is no such file" in err
 
 
+@pytest.mark.slow
 def test_a_model_without_data_is_described_and_audited_with_its_own_vocabulary(run, tmp_path):
     """As an imported checkpoint is: nothing was trained, so no data is in it."""
     bare()

@@ -136,6 +136,7 @@ def test_what_is_built():
     assert cli.settings.weights_only is True
 
 
+@pytest.mark.slow
 def test_a_default_callback_is_not_added_to_its_like_nor_where_it_is_switched_off():
     from switchkit.callbacks import SaveLast, TrainingBar
 
@@ -158,6 +159,7 @@ def test_settings_of_the_checkpoint_come_first(runs):
     assert router(settings("validate", *last, "-c", "part.yaml"))["class_path"].endswith("Switch")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_the_checkpoint_is_kept_with_other_data(runs):
     Path("other.txt").write_text("the lazy dog\n" * 400)
     last = ["--plugins", "mine", "--ckpt_path", str(runs / "version_0" / "checkpoints" / "last.ckpt")]
@@ -189,7 +191,7 @@ def test_fit_goes_on_where_the_checkpoint_ends(runs, run):
     assert saved["global_step"] == 3
 
 
-@pytest.mark.daily("ckpt_path")
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["ckpt_path", "init_from"])
 def test_data_that_a_checkpoint_names_from_another_folder(runs, run, monkeypatch, option):
     """Unless a path of one's own is given, which is one's own to mend."""
@@ -269,7 +271,7 @@ def test_averaged_weights_of_the_best_checkpoint_are_shown(run):
     assert last(0) == last(1)
 
 
-@pytest.mark.daily("given0---trainer.max_steps 4")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "longer"),
     [
@@ -427,6 +429,7 @@ def test_ctrl_c_in_the_last_evaluation_says_that_the_run_had_ended(run, monkeypa
     assert Path(path).is_file()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_weights_alone_is_told(taught, run):
     content = torch.load(taught, weights_only=True)
     del content["optimizer_states"], content["lr_schedulers"]

@@ -78,6 +78,7 @@ def test_the_fastest_has_all_that_was_asked_for(run):
         assert out.splitlines()[-1].endswith(f"{end}{length} 8")
 
 
+@pytest.mark.slow
 def test_a_batch_of_tokens_has_fewer_sequences(run):
     recipe = ["plan", "--config", "t5_translate", "--data.batch_tokens", "1024", "--gpus", "1"]
     for more, batch in (([], 1024 // 256), (["--context", "64"], 1024 // 64), (["--context", "2048"], 1)):
@@ -249,6 +250,7 @@ def test_help_is_quick_and_whole(run):
         assert option in out
 
 
+@pytest.mark.slow
 def test_json_goes_to_a_file_beside_the_table(run):
     code, out, _ = run("plan", *SMALL, "--gpus=1", "--json", "found.json")
     assert code == 0

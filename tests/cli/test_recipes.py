@@ -60,6 +60,7 @@ def test_numbers_are_read_as_the_parser_reads_them():
     assert found == [1e-3, 1500.0, -0.5, 3, math.inf, "2020-01-01", 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_pipe_is_a_configuration_and_is_read_once(folder, run):
     """As in ``--config <(switchkit describe --config R --twin flops)``; `audit` composes its settings twice."""

@@ -109,6 +109,7 @@ def test_a_few_tensors_are_held_at_a_time(folder: Path, tmp_path: Path, monkeypa
     assert max(seen) - before < 0.35 * size
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_refused_before_anything_is_written(folder: Path, tmp_path: Path, capsys: Any) -> None:
     shard = next(path for path in (folder / "mixtral.ckpt").iterdir() if path.suffix == ".distcp")
     content = shard.read_bytes()
@@ -121,6 +122,7 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(folder: Path, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_read_is_what_was_saved(folder: Path) -> None:
     found, read = open_stored(folder / "deepseek_v3.ckpt")
     assert all(p.is_meta for p in found.parameters())

@@ -328,6 +328,7 @@ def read_after(rank: int, world: int, folder: str) -> list[int]:
     return [read(callback.path)["global_step"] for callback in callbacks]
 
 
+@pytest.mark.slow
 def test_when_fit_returns_every_rank_finds_the_last_file_in_its_place(tmp_path: Path) -> None:
     first, second = run(2, read_after, str(tmp_path))
     assert first == second

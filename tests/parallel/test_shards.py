@@ -159,6 +159,7 @@ def test_any_layout_goes_on_from_any_other(
                 assert distance(rank[name][key], value) < 1e-4, f"{source} to {name}: {key}"
 
 
+@pytest.mark.slow
 def test_one_process_reads_the_whole_model_of_every_layout(saved: dict[str, Path]) -> None:
     expected = checkpoints.read(saved["one"])
     for name, path in saved.items():
@@ -172,6 +173,7 @@ def test_one_process_reads_the_whole_model_of_every_layout(saved: dict[str, Path
         assert torch.equal(module.net.embed.weight, content["state_dict"]["net.embed.weight"])
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_found(saved: dict[str, Path], tmp_path: Path) -> None:
     source = saved["expert 2 of 2"]
     names = sorted(path.name for path in source.iterdir())
@@ -196,6 +198,7 @@ class Hostile:
         return os.system, ("touch ran",)
 
 
+@pytest.mark.slow
 def test_nothing_in_a_folder_is_run(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pickles in DCP's own place, in the settings and in a shard, under a manifest that fits them."""
     monkeypatch.chdir(tmp_path)
@@ -294,6 +297,7 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
         checkpoints.read(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_a_part_of_a_folder_is_refused(saved: dict[str, Path]) -> None:
     folder = next(path for path in saved.values() if path.is_dir())
     for part in folder.iterdir():

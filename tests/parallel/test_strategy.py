@@ -206,6 +206,7 @@ def refused(rank: int, world: int, case: Case) -> list[str]:
     return ends
 
 
+@pytest.mark.slow
 def test_copies_of_the_model_and_uneven_predictions_end_every_rank_with_the_reason() -> None:
     ranks = run(2, refused, Case(steps=5))
     assert ranks[0] == ranks[1]

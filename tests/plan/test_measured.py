@@ -190,6 +190,7 @@ def test_memory_is_what_the_first_process_holds(measured: Any) -> None:
         ), name
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_collectives(measured: Any) -> None:
     """Gathers, scatters and sums over copies to the byte; rows to the byte too, as long as none is dropped."""
     world, found = measured
