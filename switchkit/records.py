@@ -128,6 +128,7 @@ __all__ += [
     "kept_ones",
     "mean_entropy",
     "normalized",
+    "per_token",
     "spans",
     "sum_probs",
     "sum_weights",
@@ -241,14 +242,16 @@ def undropped_weights(routing: Routing) -> Float[Tensor, "G N"]:
 
 def normalized(routing: Routing, weight: Float[Tensor, "G N"], among: Bool[Tensor, "G N"]) -> Float[Tensor, "G N"]:
     """`weight` divided by the sum of its token's assignments in `among`, where that is above 0, times `scale`."""
-    counted = weight.masked_fill(~among, 0)
-    if routing.k is not None:
-        total = counted.view(*routing.valid.shape, routing.k).sum(-1)
-    else:
-        total = torch.zeros_like(routing.logits[..., 0]).scatter_add(-1, routing.token, counted)
-    total = total.gather(-1, routing.token)
+    total = per_token(routing, weight.masked_fill(~among, 0)).gather(-1, routing.token)
     weight = weight / torch.where(total > 0, total, 1)
     return weight if routing.scale == 1 else routing.scale * weight
+
+
+def per_token(routing: Routing, values: Float[Tensor, "G N"]) -> Float[Tensor, "G S"]:
+    """The sum over each token's assignments."""
+    if routing.k is not None:
+        return values.view(*routing.valid.shape, routing.k).sum(-1)
+    return values.new_zeros(routing.valid.shape).scatter_add(-1, routing.token, values)
 
 
 def mean_entropy(routing: Routing) -> Float[Tensor, ""]:

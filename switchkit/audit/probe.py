@@ -18,6 +18,7 @@ from switchkit.experts.base import Experts
 from switchkit.layers import MoELayer
 from switchkit.losses.base import Loss, alone
 from switchkit.models import EncoderDecoder, Output
+from switchkit.models.base import causal_layers
 from switchkit.module import LanguageModule
 from switchkit.records import Routing
 from switchkit.registry import name_of
@@ -77,8 +78,7 @@ class Probe:
     @property
     def causal(self) -> dict[str, MoELayer]:
         """The sparse layers that must not see later tokens: all but an encoder's."""
-        encodes = isinstance(self.net, Reading)
-        return {name: layer for name, layer in self.layers.items() if not (encodes and name.startswith("encoder."))}
+        return causal_layers(_inner(self.net))
 
     def __call__(
         self, tokens: Tensor, valid: Tensor | None = None, *, training: bool, steady: bool = True, seeded: bool = True
@@ -154,8 +154,12 @@ def make_probe(module: LanguageModule, sequences: int, size: int, seed: int) -> 
 
 def sparse_layers(net: nn.Module) -> dict[str, MoELayer]:
     """By their names in the model itself."""
-    inner = net.net if isinstance(net, Reading) else net
-    return {name: part for name, part in inner.named_modules() if isinstance(part, MoELayer)}
+    return {name: part for name, part in _inner(net).named_modules() if isinstance(part, MoELayer)}
+
+
+def _inner(net: nn.Module) -> nn.Module:
+    """The model itself, where it is given a source to read."""
+    return net.net if isinstance(net, Reading) else net
 
 
 def counted_group(layer: MoELayer) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchkit import stats
 from switchkit.bench.contestants import DTYPES, FOREIGN, Contestant, Setup, build, inputs, output, step
 from switchkit.bench.memory import peak_bytes, saved_bytes
 from switchkit.bench.shapes import Shape, goal
@@ -145,8 +146,7 @@ def _imbalance(contestants: Sequence[Contestant], x: Tensor) -> float | None:
         return None
     with torch.no_grad():
         routing = layer(x)[1]
-    load = routing.load.sum(0).float()
-    return float(load.max() / load.mean())
+    return float(stats.imbalance(routing))
 
 
 def _side(device: torch.device, dtype: torch.dtype) -> int:

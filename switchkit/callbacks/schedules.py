@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import lightning as L
-from torch import nn
 
 from switchkit.capacity.policies import Factor
 from switchkit.layers import MoELayer
+from switchkit.models.base import causal_layers
 from switchkit.routing.base import Router
 
 __all__ = ["CapacitySchedule", "JitterSchedule", "linear"]
@@ -71,7 +71,8 @@ class CapacitySchedule(L.Callback):
             )
         if stage != "fit":
             return
-        guarded = _causal(getattr(pl_module, "net", pl_module))
+        net = getattr(pl_module, "net", pl_module)
+        guarded = [] if getattr(net, "allow_leak", False) else [*causal_layers(net).values()]
         for layer in layers:
             if isinstance(layer.capacity, Factor):
                 refused = layer.leaks
@@ -132,15 +133,6 @@ class JitterSchedule(L.Callback):
         jitter = linear(trainer.global_step, self.start, self.end, self.steps, self.begin)
         for router in _jittery(pl_module):
             router.jitter = jitter  # type: ignore[assignment]
-
-
-def _causal(net: nn.Module) -> set[MoELayer]:
-    """The sparse layers that must not see later tokens: not those of an encoder, and none where the model allows it."""
-    if getattr(net, "allow_leak", False):
-        return set()
-    reads = hasattr(net, "start_id")
-    parts = ((name, part) for name, part in net.named_modules() if isinstance(part, MoELayer))
-    return {part for name, part in parts if not (reads and name.startswith("encoder."))}
 
 
 def _jittery(module: L.LightningModule) -> list[Router]:

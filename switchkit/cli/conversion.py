@@ -58,19 +58,17 @@ class Conversion:
     @property
     def go_on(self) -> str:
         """The command that trains what was made, on the data that the checkpoint belongs to."""
-        data = "" if self.data is not None else f" --data {self._kind_of_data()}"
+        data = "" if self.data is not None else f" --data {self._readable()}"
         plugins = f" --plugins {shlex.join(self.plugins)}" if self.plugins else ""
         return f"switchkit fit --ckpt_path {shlex.quote(str(self.out))}{data}{plugins} --trainer.max_steps 1000"
 
-    def _kind_of_data(self) -> str:
+    def _readable(self) -> str:
         """Data that the model can read, where it belongs to none."""
-        from switchkit.models import EncoderDecoder
+        from switchkit.models.inputs import kind_of_data
 
-        if not isinstance(self.module.net, EncoderDecoder):
-            return "TextData --data.path FILE"
-        if self.module.tokenizer is None or self.module.tokenizer.sentinels:
-            return "SpanData --data.path FILE"
-        return "PairData --data.source FILE --data.target FILE"
+        kind = kind_of_data(self.module.net, self.module.tokenizer)
+        files = "--data.source FILE --data.target FILE" if kind == "PairData" else "--data.path FILE"
+        return f"{kind} {files}"
 
     def save(self, module: LanguageModule) -> None:
         """Write a model with the tokenizer, the data settings and the source of the one that was read."""

@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -154,10 +153,9 @@ def _tolerant(sources: Iterable[Source], command: str) -> dict[str, Any]:
     """As `merge_all`, without the keys that cannot be merged yet: what is known before a checkpoint is read."""
     tree: dict[str, Any] = {}
     for source in sources:
-        for key, value in source.values.items():
+        for piece in source.by_key():
             with suppress(UserError):
-                own = Edit({key: value}) if source.typed else {key: value}
-                tree = _merge_root(tree, replace(source, values=own), command)
+                tree = _merge_root(tree, piece, command)
     return tree
 
 

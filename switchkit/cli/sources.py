@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,14 @@ class Source:
 
     def without(self, key: str) -> Source:
         """The same, but for what it says of a key at the top."""
-        kept = {name: value for name, value in self.values.items() if name != key}
-        return replace(self, values=Edit(kept) if self.typed else kept)
+        return self._with({name: value for name, value in self.values.items() if name != key})
+
+    def by_key(self) -> Iterator[Source]:
+        """The same in pieces, each what it says of one key at the top."""
+        return (self._with({key: value}) for key, value in self.values.items())
+
+    def _with(self, values: dict[str, Any]) -> Source:
+        return replace(self, values=Edit(values) if self.typed else values)
 
 
 def edit(key: str, value: str, label: str = "") -> Source:

@@ -24,8 +24,8 @@ class Recorder(L.Callback):
 
     It goes before the callbacks that save, so that a checkpoint of a step holds the point of that step, and a resumed
     run has the very curve of one that was not interrupted, and after those that average weights, whose average of the
-    step it measures (`recorded`). The clock runs while the model trains and its data is read,
-    not while it is evaluated or saved; `Mark`, the last callback, starts it again.
+    step it measures (`recorded`). The clock runs while the model trains and its data is read, not while it is evaluated
+    or saved; `Mark`, the last callback, starts it again.
 
     Args:
         every: optimizer steps between two points; the last step has one too.

@@ -14,7 +14,7 @@ from switchkit.layers import MoELayer
 from switchkit.metrics import cross_entropy
 from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
-from switchkit.records import Routing, count_tokens, kept_ones, load, sum_weights, undropped_weights
+from switchkit.records import Routing, count_tokens, kept_ones, load, per_token, sum_weights, undropped_weights
 
 __all__ = ["ExpertUse", "Measured", "assumed", "measure", "weight_of_every_token"]
 
@@ -133,17 +133,12 @@ def weight_of_every_token(layer: MoELayer) -> float | None:
     tokens = torch.randn(1, 64, router.d_model, generator=draw).to(like)
     valid = torch.ones(1, 64, dtype=torch.bool, device=like.device)
     limit = layer.capacity.limit(64, layer.num_experts, router.k, training=False)
-    was_training = router.training
-    router.eval()
-    try:
+    with evaluating(router):
         # Whatever the vocabulary is, it has a first symbol.
         routing = router(tokens, limit, valid, torch.zeros_like(valid, dtype=torch.long))
-    finally:
-        router.train(was_training)
     if routing.renormalize:
         return routing.scale
-    weight = routing.weight.double().masked_fill(~routing.chosen, 0)
-    total = weight.new_zeros(valid.shape).scatter_add(1, routing.token, weight)
+    total = per_token(routing, routing.weight.double().masked_fill(~routing.chosen, 0))
     mean = total.mean()
     return float(mean) if torch.allclose(total, mean.expand_as(total), rtol=1e-3, atol=0) else None
 

@@ -14,7 +14,8 @@ from switchkit.data.span_data import SpanData
 from switchkit.data.stream_data import StreamData
 from switchkit.data.text import TextData
 from switchkit.data.tokenizers import Tokenizer
-from switchkit.models import Decoder, EncoderDecoder
+from switchkit.models import Decoder
+from switchkit.models.inputs import kind_of_data
 from switchkit.module import LanguageModule
 from switchkit.spec import build
 from switchkit.twins import net_of
@@ -159,11 +160,12 @@ def _data_for(opened: Opened, text: str) -> TextData | SpanData:
         )
     size = (opened.model.get("init_args") or {}).get("vocab_size")
     net = net_of(opened.model, opened.tokenizer.vocab_size if size is None else size)
-    if not isinstance(net, EncoderDecoder):
+    kind = kind_of_data(net, opened.tokenizer)
+    if kind == "TextData":
         data = TextData(text, tokenizer=opened.tokenizer)
         data.context = min(data.context, net.context) if isinstance(net, Decoder) else data.context
         return data
-    if not opened.tokenizer.sentinels:
+    if kind == "PairData":
         raise ValueError(
             f"the vocabulary of {opened.path} has no sentinels, with which its encoder could read {text} with holes: "
             "train it on pairs first (fit --ckpt_path, --data PairData)"

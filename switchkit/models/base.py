@@ -23,6 +23,7 @@ __all__ = [
     "Output",
     "check_cache",
     "check_sizes",
+    "causal_layers",
     "dense_layer",
     "evaluating",
     "every",
@@ -155,6 +156,13 @@ def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff")
 def leak(part: nn.Module) -> str | None:
     """Why a causal model of these layers would see the future; None: it would not."""
     return next((layer.leaks for layer in _sparse(part) if layer.leaks), None)
+
+
+def causal_layers(net: nn.Module) -> dict[str, MoELayer]:
+    """The sparse layers of a model that must not see later tokens, by name: all but an encoder's."""
+    reads = hasattr(net, "start_id")
+    found = ((name, part) for name, part in net.named_modules() if isinstance(part, MoELayer))
+    return {name: part for name, part in found if not (reads and name.startswith("encoder."))}
 
 
 def uncacheable(part: nn.Module) -> str | None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from switchkit.models.decoder import Decoder
 from switchkit.models.encoder_decoder import EncoderDecoder
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "kind_of_data"]
+
+
+def kind_of_data(net: Any, tokenizer: Any) -> Literal["TextData", "SpanData", "PairData"]:
+    """The data that a model reads, where it belongs to none: an encoder a text with holes, if the vocabulary has
+    sentinels for them (without a `tokenizer` it is taken to), or else pairs."""
+    if not isinstance(net, EncoderDecoder):
+        return "TextData"
+    return "SpanData" if tokenizer is None or tokenizer.sentinels else "PairData"
 
 
 def check_inputs(net: Any, data: Any) -> None:
