@@ -550,6 +550,7 @@ def test_a_router_without_any_gradient():
     assert faults(found) == ["router gradient, task", "router gradient, balance"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_can_do_nothing_is_a_note():
     assert status(findings(lookup("random")), "router gradient, balance") == "note"
     even = findings(lookup("expert_choice"), capacity=Dropless)

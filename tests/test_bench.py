@@ -297,6 +297,7 @@ def test_ratio_of_medians() -> None:
     assert timing.ratios(base, base) == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_the_ratio_of_medians_may_lie_outside_the_middle_half_of_the_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     """1 : 10 in two rounds of three, and yet as 5 : 6 by the medians: the table says which is which."""
     ours, base = timing.Timing((1.0, 5.0, 10.0), ()), timing.Timing((10.0, 6.0, 1.0), ())

@@ -287,7 +287,6 @@ class TestState:
     # Every router, policy, dispatcher and kind of experts at least once.
     @pytest.mark.daily(
         "switch-factor-sorted",
-        "expert_choice-factor-sorted",
         "top_k2-dropless-padded",
         "hash2-factor-sorted",
         "top_k2-factor-sorted-null",

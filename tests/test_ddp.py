@@ -70,6 +70,7 @@ def test_buffers_are_taken_from_the_first_process_once(strategy: type, sent: boo
     assert torch.equal(second[2], first[0] if sent else first[0] + 3.0)
 
 
+@pytest.mark.slow
 def test_biases_are_equal_because_all_compute_them_from_all_counts() -> None:
     ranks, expected = run(2, as_rank, CASE, DataParallelStrategy), alone(CASE)
     for found in ranks:

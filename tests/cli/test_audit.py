@@ -31,6 +31,7 @@ def test_a_clean_recipe(run):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_leaking_configuration_is_built_measured_and_told(run):
     assert run("describe", *SMALL, *LEAK)[0] == 2
     code, out, _ = run("audit", *SMALL, *LEAK, "--json=found.json")

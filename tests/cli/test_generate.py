@@ -189,13 +189,8 @@ def test_a_checkpoint_without_a_vocabulary_says_how_to_get_one(folder, run):
 PROMPTS = ["abc", "d e f", " gh", "a", "hhhh", "c", "ab", "b b"]
 
 
-@pytest.mark.parametrize(
-    "search",
-    [
-        ["--temperature", "0"],
-        *(pytest.param(more, marks=pytest.mark.slow) for more in (["--seed", "5"], ["--num_beams", "3"])),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [["--temperature", "0"], ["--seed", "5"], ["--num_beams", "3"]])
 def test_a_batch_gives_each_prompt_the_text_it_has_alone(letters, pairs, run, monkeypatch, search):
     """Eight prompts of six lengths, 3 at a time: the last batch has two. The same of an encoder-decoder's sources."""
     Path("prompts.txt").write_text("\n".join(PROMPTS))

@@ -416,6 +416,7 @@ def test_predictions_at_home(run, folder, monkeypatch):
     assert not Path("~").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_evaluation_says_that_the_run_had_ended(run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

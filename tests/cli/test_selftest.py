@@ -24,6 +24,7 @@ class Bad(Loss):
 """
 
 
+@pytest.mark.slow
 def test_names_kinds_and_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
     assert main(["selftest", "losses/router_z", "balance", "--json", str(out)]) == 0

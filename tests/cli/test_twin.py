@@ -136,6 +136,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, argv, told):
     assert Path("text.txt").read_text() == text
 
 
+@pytest.mark.slow
 def test_a_student_that_follows_from_its_teacher_is_dense_already(run):
     save_checkpoint(build(SMALL).model, Path("teacher.ckpt"))
     given = ["-c", "distill", "--model.teacher", "teacher.ckpt", "--data", "TextData", "--data.path", "text.txt"]

@@ -70,6 +70,7 @@ def test_one_seed_says_nothing() -> None:
     assert difference([], []) is None
 
 
+@pytest.mark.slow
 def test_a_false_alarm_is_rare() -> None:
     draw = random.Random(0)
     alarms = 0

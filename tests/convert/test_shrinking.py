@@ -111,6 +111,7 @@ def test_as_many_stay_in_each_group_of_the_router(by: str) -> None:
     assert loss(made) == pytest.approx(found.loss, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_judged_by_their_best_expert_stay_the_same() -> None:
     """Twelve experts in four groups, of which the few tokens need two in each at most."""
     net = partial(NETS["decoder"], num_experts=12)

@@ -72,6 +72,7 @@ def test_special_ids(tokenizer: FileTokenizer) -> None:
     assert tokenizer.special_id("the") is None
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["</s>", "<extra_id_1>", "<pad>", "the ", "\n", "é", "漢"]) | st.text(max_size=5)))
 def test_decode_undoes_encode_and_no_text_gives_a_special_id(parts: list[str]) -> None:

@@ -224,6 +224,7 @@ def test_bytes_are_those_of_the_collectives(measured: Any) -> None:
         assert (floats > 0) == (sizes[0] > 1)
 
 
+@pytest.mark.slow
 def test_rows_leave_as_an_even_load_has_it(measured: Any) -> None:
     world, found = measured
     for name, (case, sizes, precision) in CASES[world].items():
@@ -233,6 +234,7 @@ def test_rows_leave_as_an_even_load_has_it(measured: Any) -> None:
         assert mean == pytest.approx(wanted, rel=0.1), name
 
 
+@pytest.mark.slow
 def test_the_sum_of_counts(measured: Any) -> None:
     world, found = measured
     for name, (case, sizes, precision) in CASES[world].items():
