@@ -89,9 +89,8 @@ def buffered(model: nn.Module, context: int) -> int:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             rows, limit, size = _rows(layer, context)
-            limited = limit is not None and not isinstance(layer.router, Soft)
-            full = min(limit or size, size) * layer.num_experts if limited else rows
-            total += products(layer, context)[0] * Fraction(full, rows)
+            buffers = rows if limit is None or layer.router.full else min(limit, size) * layer.num_experts
+            total += products(layer, context)[0] * Fraction(buffers, rows)
     return round(2 * total)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -88,26 +89,32 @@ def environment(command: str, variables: Mapping[str, str] = os.environ) -> list
     ]
 
 
-def take_options(argv: Sequence[str], own: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+def take_options(
+    argv: Sequence[str], own: Mapping[str, str], alone: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The arguments of `fit`, and the values of the options that are a command's own.
 
     Args:
         argv: a command line.
         own: the options, and what stands for the value of each in an error.
+        alone: of them, those that may come without a value, and what they mean then.
 
     Raises:
         UserError: one of its own is without a value.
     """
     rest: list[str] = []
     found: dict[str, str] = {}
-    given = iter(argv)
-    for argument in given:
+    left = deque(argv)
+    while left:
+        argument = left.popleft()
         name, equals, value = argument.partition("=")
         if name not in own:
             rest.append(argument)
             continue
-        value = value if equals else next(given, "")
-        if not value or value.startswith("--"):
+        if not equals:
+            follows = bool(left) and (left[0] == "-" or not left[0].startswith("-"))
+            value = left.popleft() if follows else (alone or {}).get(name, "")
+        if not value:
             raise UserError(f"{name} needs a value: {name} {own[name]}")
         found[name] = value
     return rest, found

@@ -28,7 +28,7 @@ from switchkit.report.tables import console
 
 __all__ = ["run"]
 
-_HELP = """usage: switchkit audit --config NAME [--config ...] [--ckpt_path PATH] [--json PATH] [--KEY VALUE ...]
+_HELP = """usage: switchkit audit --config NAME [--config ...] [--ckpt_path PATH] [--json [PATH]] [--KEY VALUE ...]
 
 Measure on random tokens, on the CPU, whether the model that a recipe builds or a checkpoint holds
 leaks future tokens, depends on the rest of the batch, is random in evaluation, treats padding as
@@ -39,7 +39,7 @@ scales its losses as their papers do.
 options:
   --config NAME      a YAML file or the name of a recipe; give several: later ones win
   --ckpt_path PATH   the trained weights of a checkpoint (`last`: the newest), which brings its settings
-  --json PATH        write the findings there too; -: to the output, in place of the table
+  --json [PATH]      write the findings as JSON to a file too; without one: to the output, in place of the table
   --plugins MODULE   modules to import first, such as my_file
   --KEY VALUE        any setting of `switchkit fit`, such as --model.moe.router top_k
 
@@ -50,7 +50,7 @@ _STYLE = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the findings as a table; 1 if the model sees future tokens."""
-    arguments, own = take_options(argv, {"--json": "PATH"})
+    arguments, own = take_options(argv, {"--json": "PATH"}, alone={"--json": "-"})
     if any(argument.partition("=")[0] == "--out" for argument in arguments):
         raise UserError("--out: audit has no option 'out': --json PATH writes the findings to a file")
     given = own.get("--json")

@@ -22,8 +22,6 @@ from switchkit.experts.shared import Shared
 from switchkit.layers import FeedForward, MoELayer
 from switchkit.models import EncoderDecoder
 from switchkit.plan.hardware import Precision
-from switchkit.routing.expert_choice import ExpertChoice
-from switchkit.routing.soft import Soft
 
 __all__ = ["Activations", "activations", "rows_of"]
 
@@ -90,7 +88,7 @@ def rows_of(layer: MoELayer, batch: int, context: int) -> int:
     groups = -(-tokens // size)
     limit = layer.capacity.limit(size, layer.num_experts, layer.router.k, training=True)
     rows = layer.router.rows(size, limit)
-    if isinstance(layer.dispatcher, (Padded, Einsum)) and not isinstance(layer.router, (ExpertChoice, Soft)):
+    if isinstance(layer.dispatcher, (Padded, Einsum)) and not layer.router.full:
         rows = layer.num_experts * (rows if limit is None else min(rows, limit))
     return groups * rows
 

@@ -42,6 +42,8 @@ class Router(nn.Module):
     """Why a causal model would see the future with this router; None: it would not."""
     by_position: ClassVar[bool] = False
     """True: in evaluation too it decides by a token's place in the group, not by the token."""
+    full: ClassVar[bool] = False
+    """True: experts choose, or work on mixtures, so that each computes as many rows as the next, as `rows` says."""
     uneven: str | None = None
     """Why nobody can say beforehand how many experts a token costs; None: what `rows` says, whatever the data."""
 

@@ -44,6 +44,7 @@ class ExpertChoice(LinearRouter):
     """
 
     leaks = "expert_choice compares all tokens of a group, later ones included, before an expert takes its own"
+    full = True
 
     def __init__(self, d_model: int, num_experts: int, *, capacity_factor: float = 2.0, jitter: float = 0.0) -> None:
         super().__init__(d_model, num_experts, jitter=jitter)

@@ -53,6 +53,7 @@ class Soft(Router):
     """
 
     leaks = "soft mixes all tokens of a group, later ones included, into every slot"
+    full = True
     uneven = "soft computes the same rows for a sequence of any length"
 
     def __init__(self, d_model: int, num_experts: int, *, slots: int = 1, normalize: bool = True) -> None:

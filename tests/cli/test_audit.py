@@ -107,7 +107,7 @@ def test_a_router_with_a_capacity_of_its_own_is_advised_about_that(run):
 def test_help(run):
     code, out, _ = run("audit", "--help")
     assert code == 0
-    assert "--json PATH" in out
+    assert "--json [PATH]" in out
     assert "--model.moe.router.normalize" in run("audit", "--model.moe.router.help", "top_k")[1]
 
 
@@ -117,7 +117,7 @@ def test_help(run):
         ([], "--config NAME"),
         (["-c", "smal.yaml"], "smal.yaml"),
         ([*SMALL, "--out", "found.json"], "--out: audit has no option 'out': --json PATH writes the findings"),
-        ([*SMALL, "--json"], "--json needs a value"),
+        ([*SMALL, "--json="], "--json needs a value"),
         ([*SMALL, "--json", "."], "--json '.' is a folder"),
         ([*SMALL, "--json", "text.txt"], "text.txt is there already, and is no .json file"),
         ([*SMALL, "--json", "no/such/found.json"], "there is no folder 'no/such'"),
@@ -133,8 +133,9 @@ def test_mistakes_are_one_line(run, argv, said):
 
 
 @pytest.mark.slow
-def test_json_to_the_output_stands_there_alone(run):
-    code, out, err = run("audit", *SMALL, "--json", "-")
+@pytest.mark.parametrize("argv", [[*SMALL, "--json", "-"], ["--json", *SMALL], [*SMALL, "--json"]])
+def test_json_to_the_output_stands_there_alone(run, argv):
+    code, out, err = run("audit", *argv)
     assert code == 0
     assert json.loads(out)["leaks"] is False
     assert "Audit of" in err

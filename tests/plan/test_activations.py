@@ -18,6 +18,8 @@ from switchkit import (
     GatedMlp,
     LanguageModule,
     MoELayer,
+    Router,
+    Routing,
     Shared,
     Sigmoid,
     Soft,
@@ -120,6 +122,36 @@ def _twice(value: Any) -> Any:
     return tuple(2 * each for each in value) if isinstance(value, tuple) else 2 * value
 
 
+class FirstTokens(Router):
+    """Every expert takes the first three tokens of a group."""
+
+    leaks = "a token's experts depend on its place in the group"
+    full = True
+
+    def forward(self, tokens: Any, limit: Any, valid: Any, ids: Any = None) -> Routing:
+        groups, size, _ = tokens.shape
+        every = (groups, 3 * self.num_experts)
+        logits = torch.zeros(groups, size, self.num_experts)
+        place = torch.arange(every[1])
+        chosen = valid.gather(1, (place % 3).expand(every))
+        return Routing(
+            logits=logits,
+            probs=logits.softmax(-1),
+            token=(place % 3).expand(every),
+            expert=(place // 3).expand(every),
+            weight=torch.ones(every),
+            chosen=chosen,
+            valid=valid,
+            capacity=3,
+            slot=(place % 3).expand(every),
+            kept=chosen,
+            load=chosen.view(groups, self.num_experts, 3).sum(-1),
+        )
+
+    def rows(self, size: int, limit: int | None) -> int:
+        return self.num_experts * 3
+
+
 def test_rows() -> None:
     def layer(**options: Any) -> MoELayer:
         return MoELayer(8, 4, d_ff=16, **options)
@@ -137,9 +169,9 @@ def test_rows() -> None:
 
 
 @pytest.mark.parametrize("dispatcher", [Einsum, Padded, Sorted])
-@pytest.mark.parametrize(("router", "each"), [(ExpertChoice, 5), (partial(Soft, slots=2), 2)])
+@pytest.mark.parametrize(("router", "each"), [(ExpertChoice, 5), (partial(Soft, slots=2), 2), (FirstTokens, 3)])
 def test_full_experts_have_the_same_rows_with_any_dispatcher(router: Any, each: int, dispatcher: Any) -> None:
-    """ceil(10 * 2 / 4) tokens of a sequence, or its slots."""
+    """ceil(10 * 2 / 4) tokens of a sequence, or its slots; a router of one's own says that it fills its experts."""
     layer = MoELayer(8, 4, d_ff=16, router=router, dispatcher=dispatcher)
     tokens = torch.randn(3, 10, 8)
     computed = layer.dispatcher.dispatch(tokens, layer(tokens)[1]).x.flatten(0, -2)
