@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from small import KillAt, fit, weights
 
 from switchkit import checkpoints
-from switchkit.callbacks import RandomState, Stopped
+from switchkit.callbacks import CleanStop, RandomState, Stopped
 
 
 class SignalAt(L.Callback):
@@ -81,6 +83,17 @@ def test_signal_stops_between_steps_and_resumes_bit_identical(tmp_path: Path, nu
     assert checkpoints.read_settings(stopped.value.path)["step"] == stopped.value.step == 8
     assert signal.getsignal(number) is before
     assert torch.equal(weights(fit(tmp_path / "b", resume=True, **options)), uninterrupted)
+
+
+def test_after_a_run_signals_mean_what_they_did_and_nothing_of_it_is_held(tmp_path: Path) -> None:
+    """Lightning's handler holds its trainer, with model and optimizer, and ignores SIGTERM once a run is over."""
+    before = [signal.getsignal(number) for number in CleanStop.SIGNALS]
+    made = fit(tmp_path, steps=2)
+    assert [signal.getsignal(number) for number in CleanStop.SIGNALS] == before
+    freed = weakref.ref(made)
+    del made
+    gc.collect()
+    assert freed() is None
 
 
 def test_a_signal_in_the_last_validation_stops_there(tmp_path: Path) -> None:

@@ -47,12 +47,17 @@ class CleanStop(L.Callback):
         self._told_at = 0.0
         self._again = 0.0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Before Lightning registers its own, which hold the trainer and end no process once it is done.
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # After Lightning registered its own handlers, which it puts back when it ends.
+        # After Lightning registered its own.
         self._number, self._step = None, trainer.global_step
         self._again = AGAIN if trainer.world_size > 1 else 0.0
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._told) for number in self.SIGNALS}
+        for number in self._before:
+            signal.signal(number, self._told)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
