@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
@@ -19,6 +21,8 @@ from switchkit.metrics.routing import RoutingMetrics, imbalance_of
 from switchkit.optim import last_step
 
 __all__ = ["TrainingBar"]
+
+_Handler: TypeAlias = "logging.StreamHandler[Any]"
 
 
 class TrainingBar(ProgressBar):
@@ -43,16 +47,17 @@ class TrainingBar(ProgressBar):
         self.refresh_rate = refresh_rate
         self._console = Console(emoji=False)
         self._bar: Progress | None = None
+        self._above: list[tuple[_Handler, Any]] = []
         self._shown: dict[str, str] = {}
         self._enabled = True
         self._tokens, self._seconds, self._moment = 0, 0.0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         # Callbacks that average weights copy the model, and with it the whole Trainer; a console holds a lock.
-        return {name: value for name, value in vars(self).items() if name not in ("_console", "_bar")}
+        return {name: value for name, value in vars(self).items() if name not in ("_console", "_bar", "_above")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _console=Console(emoji=False), _bar=None)
+        self.__dict__.update(state, _console=Console(emoji=False), _bar=None, _above=[])
 
     def enable(self) -> None:
         self._enabled = True
@@ -139,7 +144,9 @@ class TrainingBar(ProgressBar):
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("<"), TimeRemainingColumn())  # fmt: skip
         self._bar = _TwoLines(*columns, console=self._console, transient=True)
+        errors = sys.stderr
         self._bar.start()
+        self._above = _redirected(errors, sys.stderr)
         self._bar.add_task(what, total=total, completed=done, values="")
 
     def _update(self, done: int) -> None:
@@ -149,8 +156,25 @@ class TrainingBar(ProgressBar):
 
     def _close(self) -> None:
         if self._bar is not None:
+            for handler, stream in self._above:
+                handler.setStream(stream)
             self._bar.stop()
-            self._bar = None
+            self._bar, self._above = None, []
+
+
+def _redirected(before: Any, now: Any) -> list[tuple[_Handler, Any]]:
+    """Let what loggers write to a terminal's errors go where rich prints above the bar; their streams until then.
+
+    rich redirects `sys.stderr`, but a handler holds the stream of the time when it was made (Lightning's, at import),
+    and its lines would run into the bar, and leave it standing.
+    """
+    named = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    found = []
+    for handler in {handler for logger in (logging.root, *named) for handler in logger.handlers}:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (before, sys.__stderr__):
+            found.append((handler, handler.stream))
+            handler.setStream(now)
+    return found
 
 
 class _TwoLines(Progress):

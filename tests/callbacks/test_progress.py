@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import math
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from switchkit import Decoder
 from switchkit.callbacks import TrainingBar
 
 
-def shown(folder: Path, terminal: bool, dumb: bool = False, **more: Any) -> str:
+def shown(folder: Path, terminal: bool, dumb: bool = False, callback: L.Callback | None = None, **more: Any) -> str:
     bar = TrainingBar(refresh_rate=1)
     out = io.StringIO()
     kind = {"TERM": "dumb"} if dumb else {}
     bar._console = Console(file=out, force_terminal=terminal, width=80, no_color=True, _environ=kind)
     source = data(folder)
-    trainer(folder, bar, steps=14, enable_progress_bar=True, **more).fit(module(source), source)
+    others = [] if callback is None else [callback]
+    trainer(folder, bar, *others, steps=14, enable_progress_bar=True, **more).fit(module(source), source)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
 
 
@@ -89,6 +92,30 @@ def test_the_loss_is_that_of_a_micro_batch_whatever_it_weighs(tmp_path: Path) ->
         module(source), source
     )
     assert float(bar._shown["loss"]) == pytest.approx(math.log(26), abs=1)
+
+
+class Tells(L.Callback):
+    """What a library logs in mid-run, by a handler that is older than the bar."""
+
+    def __init__(self) -> None:
+        self.handler = logging.StreamHandler(sys.stderr)
+        self.logger = logging.getLogger("switchkit.tests.library")
+        self.logger.addHandler(self.handler)
+
+    def on_train_batch_end(self, *rest: Any) -> None:
+        self.logger.warning("told by a library")
+
+
+def test_what_libraries_log_stands_above_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tells = Tells()
+    try:
+        stream = tells.handler.stream
+        text = shown(tmp_path, True, False, callback=tells)
+        assert tells.handler.stream is stream
+    finally:
+        tells.logger.removeHandler(tells.handler)
+    assert sum(line.strip() == "told by a library" for line in text.splitlines()) == 14
+    assert "told by a library" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dumb", [False, True])
