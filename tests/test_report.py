@@ -25,12 +25,29 @@ from switchkit.callbacks import Translation, Translations
 from switchkit.data.subwords import FileTokenizer
 from switchkit.report import count
 from switchkit.report.began import Began
+from switchkit.report.numbers import short, three_digits
 from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import console, fallback_box, loads, model_table, rows_table, source_rows
 from switchkit.report.twins import twin_rows
 
 CONTEXT = 8
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (999, "999"), (999.5, "1k"), (1234, "1.23k"), (999_400, "999k"), (999_500, "1M"), (999_600_000, "1G"),
+     (47e9, "47G"), (1234e15, "1,234P"), (-1500, "-1.5k")],
+)  # fmt: skip
+def test_numbers_have_no_exponents(value: float, said: str) -> None:
+    assert short(value) == said
+
+
+def test_three_digits() -> None:
+    found = [three_digits(value) for value in (0.00123, 1.234, 99.94, 99.99, 100.4, 1023.4, -1300)]
+    assert found == ["0.00123", "1.23", "99.9", "100", "100", "1,023", "-1,300"]
+    assert three_digits(1300, "+") == "+1,300"
+    assert three_digits(-2.345, "+") == "-2.35"
 
 
 def decoder(**more: object) -> Decoder:

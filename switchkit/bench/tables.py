@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from switchkit.report.numbers import three_digits
 from switchkit.report.tables import rows_table
 
 __all__ = ["distributed", "generation", "growth", "layer", "machine", "recipe", "routers", "seq2seq"]
@@ -53,15 +54,15 @@ def layer(found: Figures) -> RenderableType:
             f"[bold]{row['ratio']:.2f}[/]",
             f"{row['quartiles'][0]:.2f} - {row['quartiles'][1]:.2f}",
             f"{goal:.2f}" if goal else "",
-            f"{row['ms']:.3g}",
-            f"{row['min_ms']:.3g}",
+            three_digits(row["ms"]),
+            three_digits(row["min_ms"]),
             f"{row['flops_per_second'] / 1e9:,.0f}",
             f"{row['share_of_matmul']:.0%}",
             _mebibytes(row["memory_bytes"]),
         ]
         if on_device:
             waits = row.get("waits_for_device")
-            cells += [f"{row['host_ms']:.3g}", "" if waits is None else "yes" if waits else "no"]
+            cells += [three_digits(row["host_ms"]), "" if waits is None else "yes" if waits else "no"]
         table.add_row(row["name"], *cells)
         if row["base"] not in ("dense", row["name"]):
             notes.append(f"{row['name']}: against {row['base']}")
@@ -82,7 +83,9 @@ def routers(found: Figures) -> RenderableType:
     for row in found["rows"]:
         if "ratio" in row:
             low, high = row["quartiles"]
-            table.add_row(row["name"], f"[bold]{row['ratio']:.3f}[/]", f"{low:.3f} - {high:.3f}", f"{row['ms']:.3g}")
+            table.add_row(
+                row["name"], f"[bold]{row['ratio']:.3f}[/]", f"{low:.3f} - {high:.3f}", three_digits(row["ms"])
+            )
     table.caption = "Router and placing of its assignments, without experts and dispatch; x dense as above."
     return _noted(table, [f"{row['name']}: {row['note']}" for row in found["rows"] if "note" in row])
 
@@ -128,7 +131,7 @@ def generation(found: Figures) -> RenderableType:
         f"generation, {count:,} tokens from a prompt of one, {rounds} rounds", "", "tokens/s", "s", "least s"
     )
     for row in found["rows"]:
-        figures = f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.3g}", f"{row['min_seconds']:.3g}"
+        figures = f"{row['tokens_per_second']:,.0f}", three_digits(row["seconds"]), three_digits(row["min_seconds"])
         table.add_row(row["name"], *figures)
     goal = "" if found["goal"] is None else f" (goal: {found['goal']:g}, on two CPU cores)"
     table.caption = (
@@ -151,7 +154,7 @@ def distributed(found: Figures) -> RenderableType:
         low, high = row["quartiles"]
         cells = [f"[bold]{row['ratio']:.2f}[/]", f"{low:.2f} - {high:.2f}", f"{row['ms']:.1f}"]
         if "under_way" in row:
-            cells += [f"{row['under_way']:.0%}", f"{row['sent_bytes'] / 2**20:.3g}", f"{row['collectives']}"]
+            cells += [f"{row['under_way']:.0%}", three_digits(row["sent_bytes"] / 2**20), f"{row['collectives']}"]
         table.add_row(row["name"], *cells)
     alone = "one GPU" if found["backend"] == "nccl" else f"{threads['alone']} threads"
     each = "a GPU" if found["backend"] == "nccl" else f"{threads['each']} thread{'s' if threads['each'] > 1 else ''}"

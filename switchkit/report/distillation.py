@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from switchkit.distill.table import TableRow
+from switchkit.report.numbers import three_digits
 
 __all__ = ["distill_table"]
 
@@ -49,6 +50,6 @@ def _bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
+            return f"{three_digits(size)} {unit}"
         size /= 1024
-    return f"{size:,.3g} GiB"
+    return f"{three_digits(size)} GiB"

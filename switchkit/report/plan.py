@@ -11,7 +11,8 @@ from rich.table import Table
 
 from switchkit.plan import Estimate, Gpu, Plan, Work
 from switchkit.plan.hardware import GIB
-from switchkit.report.tables import console, rows_table, short
+from switchkit.report.numbers import short, three_digits
+from switchkit.report.tables import console, rows_table
 
 __all__ = ["plan_tables", "plan_values"]
 
@@ -113,7 +114,7 @@ def _layout(one: Estimate) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 or not value else "<0.01"
+    return three_digits(value) if value >= 0.01 or not value else "<0.01"
 
 
 def trainer_options(one: Estimate, nodes: int, gpus: int) -> str:

@@ -21,8 +21,9 @@ from switchkit.counts import Counts, count
 from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
+from switchkit.report.numbers import short
 
-__all__ = ["console", "device_name", "fallback_box", "loads", "model_table", "rows_table", "short", "source_rows"]
+__all__ = ["console", "device_name", "fallback_box", "loads", "model_table", "rows_table", "source_rows"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -132,15 +133,6 @@ def _flops(sizes: Counts) -> str:
         ("rest", sizes.other),
     )
     return f"{short(sizes.flops)} forward ({', '.join(f'{name} {short(value)}' for name, value in parts)})"
-
-
-def short(value: float) -> str:
-    """A number with a unit, three digits of it."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            return f"{value:.3g}{unit}" if unit else f"{value:.0f}"
-        value /= 1000
-    return f"{value:.3g}P"
 
 
 def _layers(net: nn.Module, sparse: int) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from switchkit.counts import buffered, count
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
-from switchkit.report.tables import short
+from switchkit.report.numbers import short, three_digits
 from switchkit.twins import dense_spec, net_of
 
 __all__ = ["both", "both_table", "twin_rows"]
@@ -65,5 +65,5 @@ FIELDS = {
 
 
 def _row(name: str, one: int, other: int) -> tuple[str, str, str, str]:
-    told = f"{100 * (other - one) / one:+.3g} %" if one and other else ""
+    told = f"{three_digits(100 * (other - one) / one, '+')} %" if one and other else ""
     return name, f"{one:,}", f"{other:,}", "equal" if one == other else told
