@@ -120,7 +120,7 @@ def recipe(found: Figures) -> RenderableType:
     for row in found["overhead"]:
         blocks = ", ".join(f"{value:+.1f}" for value in row["blocks"])
         figures = f"{row['bare_ms']:.1f}", f"{row['lightning_ms']:.1f}", blocks
-        added.add_row(row["name"], f"[bold]{row['percent']:+.1f} %[/]", *figures)
+        added.add_row(row["name"], f"[bold]{row['percent']:+.1f}%[/]", *figures)
     return Group(table, "", added)
 
 

@@ -24,11 +24,11 @@ COMMANDS = {
     "test": ("lightning", "compute the test loss of a checkpoint"),
     "predict": ("lightning", "run a checkpoint over the data"),
     "generate": ("generate", "continue a text with a checkpoint"),
-    "prepare": ("prepare", "write the tokens of texts into a folder that training reads from disk"),
+    "prepare": ("prepare", "write texts as tokens that training reads from disk"),
     "tokenizer": ("tokenizer", "learn a sub-word vocabulary from texts (tokenizer train)"),
     "import-hf": ("interop", "make a checkpoint of a model of Hugging Face's transformers"),
     "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
-    "consolidate": ("consolidate", "make one file of a checkpoint that several devices wrote as a folder"),
+    "consolidate": ("consolidate", "make one file of a folder that several devices saved"),
     "upcycle": ("upcycle", "make a sparse checkpoint of a dense one"),
     "prune": ("shrink", "drop the experts of a checkpoint that weigh least"),
     "merge": ("shrink", "merge experts of a checkpoint that are alike"),
@@ -36,10 +36,10 @@ COMMANDS = {
     "list": ("listing", "show the parts and recipes that a name can stand for"),
     "distill-report": ("distill_report", "say how much of a mixture's gain its distilled students keep"),
     "describe": ("describe", "show the model that a recipe builds, without training it"),
-    "plan": ("plan", "say which arrangements of many devices a recipe fits, and how fast they would be"),
-    "compare": ("compare", "train several recipes alike, seed by seed, and say which differences are more than chance"),
-    "audit": ("audit", "say what leaks, gets no gradient or is scaled oddly, by measuring it"),
-    "selftest": ("selftest", "hold every part, your own included, to the properties of the tests"),
+    "plan": ("plan", "say which arrangements of devices a recipe fits, and how fast"),
+    "compare": ("compare", "train recipes alike over seeds, and say what is beyond chance"),
+    "audit": ("audit", "measure what leaks, gets no gradient or is scaled oddly"),
+    "selftest": ("selftest", "hold parts, your own included, to the properties of the tests"),
     "bench": ("bench", "measure the speed of dispatchers and layers"),
 }
 
@@ -53,7 +53,7 @@ commands:
 options:
   -h, --help   this text; `switchkit COMMAND --help` for a command's own
   --version    the version
-  --debug      with any command: show the traceback of an error (as SWITCHKIT_DEBUG=1 does)
+  --debug      show the traceback of an error; SWITCHKIT_DEBUG=1 does so too
 
 example: switchkit fit --config tiny_shakespeare --trainer.max_steps 200"""
 

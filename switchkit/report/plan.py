@@ -39,7 +39,7 @@ def plan_tables(
             f"{gpu.node_bandwidth / 1e9:.0f} GB/s of a device in its machine, "
             f"{gpu.network_bandwidth / 1e9:.0f} to others",
         ),
-        ("micro-batch", f"{work.batch} x {work.context} tokens on each device, {work.precision.name}"),
+        ("micro-batch", f"{work.batch:,} x {work.context:,} tokens on each device, {work.precision.name}"),
         ("step", f"{work.accumulate} micro-batch{'es' * (work.accumulate > 1)}, {step:,} tokens on all devices"),
     ]
     out.print(rows_table("Plan", rows))
@@ -99,10 +99,11 @@ def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("layout", style="cyan", no_wrap=True)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, collapse_padding=True)
+    # Seven numbers find room in 80 columns; in fewer they are folded, as cut ones could not be told apart.
+    table.add_column("layout", style="cyan", overflow="fold")
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 

@@ -65,5 +65,5 @@ FIELDS = {
 
 
 def _row(name: str, one: int, other: int) -> tuple[str, str, str, str]:
-    told = f"{three_digits(100 * (other - one) / one, '+')} %" if one and other else ""
+    told = f"{three_digits(100 * (other - one) / one, '+')}%" if one and other else ""
     return name, f"{one:,}", f"{other:,}", "equal" if one == other else told

@@ -34,6 +34,7 @@ def test_help_lists_every_command(run, argv):
     code, out, err = run(*argv)
     assert (code, err) == (0, "")
     assert all(f"  {name} " in out and text in out for name, (_, text) in COMMANDS.items())
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_unknown_command_names_the_nearest(run):

@@ -7,10 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from switchkit import Decoder, EncoderDecoder, GatedMlp, MoELayer, Null, TopK
 from switchkit.counts import count
 from switchkit.plan import GPUS, PRECISIONS, Gpu, Work, gpu_from, plan, precision_named, state_bytes
+from switchkit.report import plan as report
 
 NET = partial(Decoder, d_model=64, num_layers=2, num_heads=4, d_ff=128, num_experts=6, context=32, sparse="every(1)")
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
@@ -62,6 +64,13 @@ def test_computing_takes_three_forward_passes_and_with_recomputation_four():
     slow = made(work=replace(WORK, precision=PRECISIONS["32-true"])).fits[0]
     assert slow.step.compute == pytest.approx(64 * flops * 3 / (gpu.fp32_flops * 0.4))
     assert again is not plain
+
+
+def test_a_terminal_of_80_columns_cuts_no_number(monkeypatch, capsys):
+    monkeypatch.setattr(report, "console", lambda: Console(width=80))
+    report.plan_tables(made(nodes=2, gpus=8), WORK, GPUS["h100"], 2, 8, 0.1, True, "")
+    assert "tokens/s" in (told := capsys.readouterr().out)
+    assert "…" not in told
 
 
 def test_memory_by_hand():
