@@ -85,6 +85,16 @@ def test_signal_stops_between_steps_and_resumes_bit_identical(tmp_path: Path, nu
     assert torch.equal(weights(fit(tmp_path / "b", resume=True, **options)), uninterrupted)
 
 
+def test_a_run_in_double_precision_resumes_bit_identical(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    uninterrupted = weights(fit(tmp_path / "a", steps=12, precision="64-true"))
+    assert uninterrupted.dtype == torch.float64
+    with pytest.raises(KeyError, match="killed"):
+        fit(tmp_path / "b", KillAt(9), steps=12, precision="64-true")
+    assert torch.equal(weights(fit(tmp_path / "b", resume=True, steps=12, precision="64-true")), uninterrupted)
+
+
 def test_after_a_run_signals_mean_what_they_did_and_nothing_of_it_is_held(tmp_path: Path) -> None:
     """Lightning's handler holds its trainer, with model and optimizer, and ignores SIGTERM once a run is over."""
     before = [signal.getsignal(number) for number in CleanStop.SIGNALS]

@@ -42,8 +42,12 @@ def one_line(error: BaseException) -> str | None:
         return _flat(str(error))  # data that a loop refuses, such as fewer batches than val_check_interval
     # By its name: nothing here imports Lightning.
     refused = type(error).__name__ == "MisconfigurationException"
-    if refused or (isinstance(error, RuntimeError) and _raised_by_lightning(error.__traceback__, "callbacks")):
+    if refused or (
+        isinstance(error, (RuntimeError, ImportError)) and _raised_by_lightning(error.__traceback__, "callbacks")
+    ):
         return _flat(str(error))
+    if isinstance(error, AttributeError) and _raised_by_lightning(error.__traceback__, "tuner"):
+        return _flat(str(error))  # a model without what LearningRateFinder changes
     return None
 
 

@@ -25,6 +25,33 @@ pytestmark = [
 SMALL = ("-c", "small.yaml")
 
 
+STOPPING = """
+trainer:
+  callbacks: {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}
+"""
+
+
+def test_early_stopping_asks_for_no_loss_before_a_validation(folder, run):
+    """The run ends within its first epoch, and has not validated."""
+    (folder / "stopping.yaml").write_text(STOPPING)
+    steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"]
+    code, _, error = run("fit", *SMALL, "-c", "stopping.yaml", *steps, "--trainer.limit_train_batches=4")
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("BatchSizeFinder", "trainer.callbacks: BatchSizeFinder changes the batch size in mid-run"),
+        ("LearningRateFinder", "When using the learning rate finder, either `model` or `model.hparams`"),
+    ],
+)
+def test_what_a_finder_cannot_do_is_one_line(folder, run, name, said):
+    code, _, error = run("fit", *SMALL, "--trainer.callbacks+", name)
+    assert code == 2
+    assert error.splitlines()[-1].startswith(f"switchkit: error: {said}")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The run folder of two steps with a TopK of the user's file."""
