@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +114,11 @@ def test_load_bars() -> None:
     (name, text), _ = loads(torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]), ["a", "b"], [4, 4])
     assert name == "load a"
     assert text.startswith("█▄▄·  largest 50.0%, smallest 0.0%")
+
+
+def test_load_bars_of_an_output_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), encoding="ascii"))
+    assert loads(torch.tensor([[0.5, 0.25, 0.05, 0.0]]), ["a"], [4])[0][1].startswith("8410  largest 50.0%")
 
 
 def test_a_layer_with_fewer_experts_shows_its_own_alone() -> None:

@@ -87,7 +87,7 @@ def _export(command: str, argv: Sequence[str]) -> int:
 
 def _told(module: LanguageModule) -> str:
     size = sum(parameter.numel() for parameter in module.parameters())
-    return f"{size:,} parameters, {len(module.sparse_layers)} sparse layers"
+    return f"{size:,} parameters, {len(module.sparse_layers)} sparse layer{'s' * (len(module.sparse_layers) != 1)}"
 
 
 def _size(text: str) -> int:

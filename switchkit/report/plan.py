@@ -45,14 +45,15 @@ def plan_tables(
     out.print(rows_table("Plan", rows))
     if plan.fits:
         shown = plan.fits if every else plan.fits[:SHOWN]
-        for table in _tables(f"{len(plan.fits)} arrangements fit, the fastest first", shown):
+        fit = "1 arrangement fits" if len(plan.fits) == 1 else f"{len(plan.fits)} arrangements fit, the fastest first"
+        for table in _tables(fit, shown):
             out.print(table)
         out.print(LEGEND, highlight=False, soft_wrap=True)
     else:
         out.print("nothing fits.")
     lines = [f"{one.arrangement}: {one.why_not}" for one in plan.rest]
     if lines:
-        out.print(f"{len(lines)} do not fit:")
+        out.print(f"{len(lines)} do{'es' * (len(lines) == 1)} not fit:")
     for line in lines if every else lines[:SHOWN]:
         out.print(f"  {line}", highlight=False, soft_wrap=True)
     if not every and len(lines) > SHOWN:

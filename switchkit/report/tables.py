@@ -25,7 +25,8 @@ from switchkit.report.numbers import short
 
 __all__ = ["console", "device_name", "fallback_box", "loads", "model_table", "rows_table", "source_rows"]
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
+BLOCKS = "·▁▂▃▄▅▆▇█"
+DIGITS = "012345678"  # where the output has no blocks
 
 
 def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
@@ -81,10 +82,11 @@ def loads(shares: torch.Tensor, names: Iterable[str], experts: Iterable[int]) ->
     `shares` [L, E] is as wide as the layer with most experts; `experts` are how many each layer has.
     """
     rows = []
+    signs = BLOCKS if (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf") else DIGITS
     top = float(shares.max()) if shares.numel() else 1.0
     for name, row, number in zip(names, shares.tolist(), experts, strict=True):
         layer = row[:number]
-        bars = "".join(BLOCKS[max(1, math.ceil(8 * share / top))] if share > 0 else "·" for share in layer)
+        bars = "".join(signs[max(1, math.ceil(8 * share / top)) if share > 0 else 0] for share in layer)
         rows.append((f"load {name}", f"{bars}  largest {max(layer):.1%}, smallest {min(layer):.1%}"))
     return rows
 
