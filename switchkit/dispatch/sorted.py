@@ -183,23 +183,23 @@ class _Return(torch.autograd.Function):
     def forward(
         ctx: Any, out: Tensor, weight: Tensor, row: Tensor, source: Tensor, k: int, size: tuple[int, ...]
     ) -> Tensor:
-        ctx.save_for_backward(out, weight, row, source)
+        # What rows were is in the gradient of their weights alone, which a router without parameters has none of.
+        ctx.save_for_backward(out if ctx.needs_input_grad[1] else None, weight, row, source)
         ctx.k = k
         return _return(out, weight, row, source, k, size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         out, weight, row, source = ctx.saved_tensors
-        if usable(out):
+        if out is not None and usable(out):
             from switchkit.kernels.rows import weighted_sum_backward
 
             grad_rows, product = weighted_sum_backward(grad.flatten(0, 1), out, weight.view(-1, ctx.k), source)
             return grad_rows, product.take(row), None, None, None, None
         by_row = grad.flatten(0, 1).index_select(0, _token(source, ctx.k))
         # In the rows' order first, then back in the tokens': one gather of the wide gradient serves both.
-        product = torch.linalg.vecdot(by_row, out)
-        grad_weight = product.take(row)
+        grad_weight = None if out is None else torch.linalg.vecdot(by_row, out).take(row)
         # Zero for rows that fill up: nothing came of them.
         of_row = weight.new_zeros(len(source)).scatter_(0, row.flatten(), weight.flatten())
         return by_row.mul_(of_row.unsqueeze(-1)), grad_weight, None, None, None, None

@@ -163,11 +163,13 @@ def _hidden(width: int, hidden: int, precision: Precision, activation: str, gate
 
 
 def _mixture(layer: MoELayer, batch: int, context: int, precision: Precision, imbalance: float) -> int:
-    """The router's input in float32 and its probabilities; indices of the choices; rows in, between and out."""
+    """Indices of the choices; rows in and between; of a router that learns its input in float32 and its probabilities,
+    and rows out, from which its weights have their gradient."""
     tokens, experts = batch * context, layer.experts
     rows = rows_of(layer, batch, context)
-    kept = tokens * (4 * layer.d_model + 4 * layer.num_experts) + 32 * tokens * layer.router.k
-    kept += round(rows * imbalance * _row(experts, precision)) + rows * precision.product * layer.d_model
+    kept = 32 * tokens * layer.router.k + round(rows * imbalance * _row(experts, precision))
+    if any(parameter.requires_grad for parameter in layer.router.parameters()):
+        kept += tokens * (4 * layer.d_model + 4 * layer.num_experts) + rows * precision.product * layer.d_model
     if isinstance(experts, Shared):
         kept += tokens * (
             _row(experts.shared, precision) + (precision.product * layer.d_model if experts.how != "sum" else 0)
