@@ -133,6 +133,7 @@ def test_a_model_data_and_a_callback_of_ones_own(folder: Path) -> None:
 
 
 # Lightning's advice on runs of a few steps.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(does not have many workers|was configured so|the number of training batches)")
 def test_the_run_in_python_trains_and_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -164,6 +165,7 @@ def test_a_layer_of_ours_in_a_model_that_is_not() -> None:
     assert names["layer"].router.weight.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_the_router_of_the_readme_passes_the_checks(folder: Path) -> None:
     (router,) = [block for block in blocks(PACKAGE.parent / "README.md") if "@register" in block]
     (folder / "readme_router.py").write_text(router, encoding="utf-8")
