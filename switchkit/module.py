@@ -141,11 +141,11 @@ class LanguageModule(L.LightningModule):
                 "of that name nor kept by save_hyperparameters(), or more than numbers, text and parts): commands on "
                 "this run's checkpoints need --data again"
             )
-        if self._trainer is not None and self.trainer.precision == "64-true":
-            # Lightning does so after it has read a checkpoint, whose weights would have gone through float32.
-            self.double()
         if self._trainer is not None:
             check_inputs(self.net, self.trainer.datamodule)  # type: ignore[attr-defined]
+            if self.trainer.precision == "64-true":
+                # Lightning does so after it has read a checkpoint, whose weights would have gone through float32.
+                self.double()
         self._heard = False
         # What a run left behind that broke off in the middle of a step belongs to no other.
         self._step.clear()

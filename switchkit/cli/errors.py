@@ -27,7 +27,8 @@ def one_line(error: BaseException) -> str | None:
 
     Known are `UserError`, a ValueError that a switchkit module raised itself, an ImportError in which one says what to
     install, an OSError of a file that a switchkit module asked the standard library for, a full disk, whoever writes,
-    and what Lightning, its loops or a callback of its own refuse, such as to monitor a metric that nobody logs.
+    and what Lightning, its loops, its tuner or a callback of its own refuse, such as to monitor a metric that nobody
+    logs.
     """
     if isinstance(error, OSError):
         full = disk_is_full(error)

@@ -168,7 +168,7 @@ def _mixture(layer: MoELayer, batch: int, context: int, precision: Precision, im
     tokens, experts = batch * context, layer.experts
     rows = rows_of(layer, batch, context)
     kept = 32 * tokens * layer.router.k + round(rows * imbalance * _row(experts, precision))
-    if any(parameter.requires_grad for parameter in layer.router.parameters()):
+    if next(layer.router.parameters(), None) is not None:
         kept += tokens * (4 * layer.d_model + 4 * layer.num_experts) + rows * precision.product * layer.d_model
     if isinstance(experts, Shared):
         kept += tokens * (

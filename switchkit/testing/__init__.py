@@ -14,8 +14,8 @@ results instead; ``switchkit selftest`` prints them for everything registered. N
 dependencies is needed, and ``python -O`` checks as much.
 
 What cannot be asked of a part is found by looking at it: a router that draws random numbers in training, or lists its
-assignments irregularly, needs no declaration. Declared on the class are `leaks`, `needs_ids`, `by_position` and
-`uneven`; nothing here finds a missing one of the last two: ``switchkit audit`` asks about `by_position`.
+assignments irregularly, needs no declaration. Declared on the class are `leaks`, `needs_ids`, `by_position`,
+`full` and `uneven`; nothing here finds a missing one of the last three: ``switchkit audit`` asks about `by_position`.
 """
 
 from __future__ import annotations
