@@ -206,6 +206,16 @@ def test_training_step_of_a_recipe(recipe: str, capsys: pytest.CaptureFixture[st
     assert sorted(path.name for path in Path().iterdir()) == ["found.json", "small.yaml", "text.txt"]
 
 
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "tiny_shakespeare_gpu", "labml"])
+def test_recipes_are_built_for_a_device(name: str, tmp_path: Path) -> None:
+    """One of them has a callback of its own that saves, which a trainer without checkpoints refuses."""
+    from switchkit.bench.step import found_recipe, read
+
+    with overhead.quiet():
+        found = read(["--config", found_recipe(name)], CPU, str(tmp_path))
+    assert (found.device, found.module.training) == (CPU, True)
+
+
 def test_a_dense_recipe_has_no_twin(recipe: str) -> None:
     Path(recipe).write_text(RECIPE.replace("context: 16}", "context: 16, sparse: []}", 1), encoding="utf-8")
     with pytest.raises(UserError, match="this model is dense"):

@@ -115,7 +115,6 @@ def read(arguments: list[str], device: torch.device, folder: str) -> Recipe:
         f"--trainer.devices={[device.index or 0] if device.type == 'cuda' else 1}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.logger=false",
-        "--trainer.enable_checkpointing=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]

@@ -27,7 +27,8 @@ def expect(condition: object, message: str) -> None:
 def error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected; NaN is infinite, and zero must be met closely."""
     expect(got.shape == expected.shape, f"a shape of {list(got.shape)} where {list(expected.shape)} was expected")
-    got, expected = got.detach().double(), expected.detach().double()
+    # What a property makes up itself lies on the CPU, wherever the layer is.
+    got, expected = got.detach().double(), expected.detach().double().to(got.device)
     # Logits of -inf, of experts that are closed to a token: they meet, and have no difference.
     closed = (got == -torch.inf) & (expected == -torch.inf)
     got, expected = got.masked_fill(closed, 0), expected.masked_fill(closed, 0)
