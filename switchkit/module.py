@@ -28,7 +28,15 @@ from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_e
 from switchkit.models import Decoder, NetFactory, Output
 from switchkit.models.inputs import check_inputs
 from switchkit.models.order import check_records, listened
-from switchkit.optim import OptimizerFactory, adamw, check_optimizer, decay_groups, last_step, learning_rate
+from switchkit.optim import (
+    OptimizerFactory,
+    adamw,
+    check_clipping,
+    check_optimizer,
+    decay_groups,
+    last_step,
+    learning_rate,
+)
 from switchkit.parallel.norm import total_norm
 from switchkit.parallel.place import state_like
 from switchkit.records import Routing
@@ -272,6 +280,7 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         decay, spare = decay_groups(self)
         optimizer = self.optimizer([{"params": decay}, {"params": spare, "weight_decay": 0.0}])
+        check_clipping(optimizer, self.trainer.precision, self.trainer.gradient_clip_val)
         steps = last_step(self.trainer)
         if not math.isfinite(steps):
             if self.schedule != "constant":

@@ -15,7 +15,16 @@ from switchkit.attention import RelativeBias
 from switchkit.experts.base import Experts
 from switchkit.routing.base import Router
 
-__all__ = ["OptimizerFactory", "adamw", "check_optimizer", "decay_groups", "last_step", "learning_rate", "why_whole"]
+__all__ = [
+    "OptimizerFactory",
+    "adamw",
+    "check_clipping",
+    "check_optimizer",
+    "decay_groups",
+    "last_step",
+    "learning_rate",
+    "why_whole",
+]
 
 
 class OptimizerFactory(Protocol):
@@ -49,6 +58,18 @@ def check_optimizer(factory: OptimizerFactory) -> None:
         value = getattr(made, "defaults", {}).get(option)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"optimizer {type(made).__name__}: {option} must be a finite number; got {value}")
+
+
+def check_clipping(optimizer: torch.optim.Optimizer, precision: str, clip: float | None) -> None:
+    """Raises ValueError for a fused optimizer whose gradients are to be clipped in mixed precision.
+
+    Lightning refuses it in the first step: under a loss scale the optimizer itself would undo the scale, too late.
+    """
+    if clip and precision in ("16-mixed", "bf16-mixed") and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"a fused {type(optimizer).__name__} does not go together with gradient_clip_val={clip:g} in precision "
+            f"{precision}: leave fused: true out, or set gradient_clip_val to null, or a precision that is not mixed"
+        )
 
 
 def why_whole(optimizer: torch.optim.Optimizer) -> str | None:

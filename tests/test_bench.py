@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from switchkit import Router, named
-from switchkit.bench import contestants, layer, main, overhead, peers, run, timing
+from switchkit.bench import contestants, layer, main, overhead, peers, run, tables, timing
 from switchkit.bench.growth import growth
 from switchkit.bench.shapes import CPU_SHAPES, Shape, goal, read_shape
 from switchkit.cli import main as program
@@ -216,6 +218,16 @@ def test_recipes_are_built_for_a_device(name: str, tmp_path: Path) -> None:
     assert (found.device, found.module.training) == (CPU, True)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_training_steps_under_a_compiler(recipe: str, unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures("--no-layer", "--no-routers", "--recipe", recipe, "--steps", "2", "--compile")["recipe"]
+    assert [row["name"] for row in found["rows"]] == ["sparse", "dense", "sparse, compiled", "dense, compiled"]
+    assert found["mode"] == "default"
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert 'Compiled in mode "default"' in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_dense_recipe_has_no_twin(recipe: str) -> None:
     Path(recipe).write_text(RECIPE.replace("context: 16}", "context: 16, sparse: []}", 1), encoding="utf-8")
     with pytest.raises(UserError, match="this model is dense"):
@@ -305,6 +317,30 @@ def test_ratio_of_medians() -> None:
     ours, base = timing.Timing((2.0, 4.0, 90.0), ()), timing.Timing((2.0, 2.0, 2.0), ())
     assert timing.ratios(ours, base)[0] == 2
     assert timing.ratios(base, base) == (1, 1, 1)
+
+
+def test_figures_of_a_gpu_fit_a_terminal() -> None:
+    """80 columns, and no number is cut: nobody would know what it was."""
+    figures = {
+        "base": "dense",
+        "ratio": 12.34,
+        "quartiles": [11.75, 12.99],
+        "ms": 106.85,
+        "min_ms": 103.4,
+        "flops_per_second": 589e12,
+        "share_of_matmul": 0.87,
+        "memory_bytes": 24353 * 2**20,
+        "host_ms": 42.58,
+    }
+    names = "dense", "sorted, compiled", "Mixtral, grouped_mm"
+    rows = [{"name": name, "waits_for_device": name.startswith("sorted") or None, **figures} for name in names]
+    told = {"shape": "65536,2048,1408,64,8,gated", "dtype": "bf16", "rounds": 6, "imbalance": 1.05}
+    told["matmul"] = {"size": 8192, "flops_per_second": 705884e9}
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(tables.layer({**told, "rows": rows}))
+    assert "…" not in shown.getvalue()
+    for text in ("12.34", "11.75-12.99", "107", "103", "589", "87%", "24,353", "42.6", "706 TFLOP/s"):
+        assert text in shown.getvalue(), text
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from switchkit import Decoder, Dispatcher, Dropless, Experts, Factor, MoELayer, Router, TopK, named
 from switchkit.bench.layer import waits
+from switchkit.callbacks import Compile
 from switchkit.generation import generate
 from switchkit.testing.cases import gradients, takes
 
@@ -196,3 +197,52 @@ def test_compiled_with_its_default_backend(router: str, unchecked: None) -> None
         found = results(layer, x, valid, torch.compile(layer, fullgraph=True))
     for name, value in found.items():
         assert off(value, wanted[name]) < 4e-2, name
+
+
+def test_frozen_experts_pass_the_gradient_on() -> None:
+    """They have none of their own, and the tokens' is what it was."""
+    layer = layer_of("top_k")
+    x, valid, _ = batch()
+    wanted = results(layer, x, valid)
+    layer.experts.requires_grad_(False)
+    x = x.detach().requires_grad_()
+    y, _ = layer(x, valid)
+    torch.manual_seed(2)
+    (y * torch.randn(y.shape).bfloat16().to(y)).sum().backward()
+    assert x.grad is not None
+    assert off(x.grad, wanted["x"]) < 4e-2
+    assert all(weight.grad is None for weight in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_killed_run_resumes_compiled(tmp_path: Path, unchecked: None, mode: str) -> None:
+    """CUDA graphs draw dropout from the device's generator too, whose state a checkpoint holds."""
+    how = {"accelerator": "gpu", "precision": "bf16-mixed", "steps": 20}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        whole = weights(fit(tmp_path / "whole", Compile(mode), **how)).cpu()
+        with pytest.raises(KeyError, match="killed"):
+            fit(tmp_path / "cut", KillAt(13), Compile(mode), **how)
+        again = weights(fit(tmp_path / "cut", Compile(mode), resume=True, **how)).cpu()
+    assert off(again, whole) < 1e-4
+
+
+@pytest.mark.parametrize("router", ["top_k", "base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recorded_as_graphs(router: str, dtype: torch.dtype, unchecked: None) -> None:
+    """With what waits for the device between graphs: loops over loads in float32, an assignment problem."""
+    layer = layer_of(router, capacity=partial(Factor, train=1.0)).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        compiled = torch.compile(layer, mode="reduce-overhead")
+        for seed in range(4):  # compiled, recorded, then played back
+            torch.manual_seed(seed)
+            x = torch.randn(2, 96, 64, device="cuda").to(dtype)
+            valid = torch.ones(2, 96, dtype=torch.bool, device="cuda")
+            wanted = results(layer, x, valid)
+            torch.compiler.cudagraph_mark_step_begin()
+            found = results(layer, x, valid, compiled)
+            for name, value in wanted.items():
+                assert off(found[name], value) < 4e-2, (seed, name)

@@ -282,6 +282,16 @@ def test_options_that_the_optimizer_refuses(tmp_path: Path, optimizer: Any, text
         trainer(tmp_path, steps=1).fit(model, source)
 
 
+def test_a_fused_optimizer_is_not_clipped_in_mixed_precision(tmp_path: Path) -> None:
+    """Lightning's error comes in the first step, and does not name the options."""
+    source = data(tmp_path)
+    fused = {"optimizer": partial(torch.optim.AdamW, lr=1e-3, fused=True)}
+    with pytest.raises(ValueError, match="a fused AdamW .* gradient_clip_val=1 in precision bf16-mixed: leave fused"):
+        trainer(tmp_path, steps=1, precision="bf16-mixed").fit(module(source, **fused), source)
+    trainer(tmp_path, steps=1).fit(module(source, **fused), source)
+    trainer(tmp_path, steps=1, precision="bf16-mixed", gradient_clip_val=None).fit(module(source, **fused), source)
+
+
 def test_an_optimizer_that_cannot_be_built_yet_is_left_to_the_run() -> None:
     def needs(error: Exception) -> Any:
         def factory(params: Any) -> Any:

@@ -71,7 +71,7 @@ def _parser() -> OptionParser:
         action="store_true",
         help="also measure Hugging Face's Mixtral block and its SwitchTransformers (needs transformers)",
     )
-    add("--compile", action="store_true", help="also measure `sorted` under torch.compile")
+    add("--compile", action="store_true", help="also measure `sorted`, and training steps, under torch.compile")
     add("--no-layer", dest="with_layer", action="store_false", help="leave out the single layers")
     add("--no-routers", dest="with_routers", action="store_false", help="leave out what each router costs alone")
     add("--recipe", metavar="NAME", help="whose training step is measured (default: tiny_shakespeare)")

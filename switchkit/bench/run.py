@@ -93,7 +93,9 @@ def run(options: argparse.Namespace, command: str) -> int:
             # Lightning and its command line take seconds to import.
             from switchkit.bench import step
 
-            found["recipe"] = step.measure(options.recipe or "tiny_shakespeare", device, options.rounds, options.steps)
+            found["recipe"] = step.measure(
+                options.recipe or "tiny_shakespeare", device, options.rounds, options.steps, compiled=options.compile
+            )
             _show(out, tables.recipe(found["recipe"]))
         if options.with_generation:
             for width in generation.WIDTHS:

@@ -33,10 +33,15 @@ POOL = 16
 
 
 class Bare:
-    """One training step as a loop of one's own would have it: forward, losses, backward, clip, optimizer, schedule."""
+    """One training step as a loop of one's own would have it: forward, losses, backward, clip, optimizer, schedule.
 
-    def __init__(self, module: LanguageModule, trainer: Trainer) -> None:
+    `mode`: the model runs through `torch.compile` in this mode, as by the callback `Compile`.
+    """
+
+    def __init__(self, module: LanguageModule, trainer: Trainer, mode: str | None = None) -> None:
         self.module, self.clip = module, trainer.gradient_clip_val
+        if mode is not None:
+            module.net.compile(mode=mode)
         self.context = trainer.precision_plugin.forward_context
         module.trainer = trainer
         configured = module.configure_optimizers()
@@ -45,6 +50,7 @@ class Bare:
         self.scheduler = configured["lr_scheduler"]["scheduler"]
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self.context():
             out = self.module.net(batch["tokens"], batch.get("valid"))
             total, tokens = cross_entropy(out.logits, batch["targets"], batch.get("valid"))
@@ -64,8 +70,10 @@ def check(name: str, device: torch.device) -> None:
         twin_of(name, read(["--config", found_recipe(name)], device, folder).module)
 
 
-def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> dict[str, Any]:
-    """Every figure about a recipe, as plain data.
+def measure(
+    name: str, device: torch.device, rounds: int | None, steps: int, *, compiled: bool = False
+) -> dict[str, Any]:
+    """Every figure about a recipe, as plain data; `compiled`: of its steps under torch.compile too.
 
     Raises:
         UserError: a recipe that does not exist, has no sparse layer, or trains in a way that is not measured here.
@@ -77,10 +85,14 @@ def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> 
         counts, dense_counts = count(sparse.module.net, context), count(twin.module.net, context)
         batches_of = pool(sparse, device)
         tokens = batches_of[0]["tokens"].numel()
+        modes: dict[str, str | None] = {"": None}
+        if compiled:
+            # CUDA graphs on a GPU, where a step of a small model waits for Python.
+            modes[", compiled"] = "reduce-overhead" if device.type == "cuda" else "default"
         runs = {}
-        for label, recipe in (("sparse", sparse), ("dense", twin)):
-            bare, batches = Bare(copy.deepcopy(recipe.module), recipe.trainer), itertools.cycle(batches_of)
-            runs[label] = lambda bare=bare, batches=batches: bare(next(batches))
+        for (suffix, mode), (label, recipe) in itertools.product(modes.items(), (("sparse", sparse), ("dense", twin))):
+            bare, batches = Bare(copy.deepcopy(recipe.module), recipe.trainer, mode), itertools.cycle(batches_of)
+            runs[label + suffix] = lambda bare=bare, batches=batches: bare(next(batches))
         timings = interleave(runs, clock_of(device), rounds)
         overheads = [
             compare(sparse, Bare(copy.deepcopy(sparse.module), sparse.trainer), batches_of, steps, folder, saves=saves)
@@ -94,6 +106,7 @@ def measure(name: str, device: torch.device, rounds: int | None, steps: int) -> 
         "flops_match": counts.matched == dense_counts.flops,
         "rounds": len(timings["sparse"].seconds),
         "ratio": timings["sparse"].median / timings["dense"].median,
+        "mode": modes.get(", compiled"),
         "rows": [
             {
                 "name": label,

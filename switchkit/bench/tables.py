@@ -41,8 +41,10 @@ def layer(found: Figures) -> RenderableType:
     rows = found["rows"]
     on_device = any(row.get("waits_for_device") is not None for row in rows)
     title = f"layer T,d,f,E,k {found['shape']}, {found['dtype']}, forward + backward, {found['rounds']} rounds"
-    columns = ["x dense", "middle half", "goal", "ms", "least ms", "GFLOP/s", "of matmul", "MiB"]
-    table = _table(title, "", *columns, *(["host ms", "waits"] if on_device else []))
+    goals = any(row.get("goal") for row in rows)
+    rate, unit = ("TFLOP\n/s", 1e12) if on_device else ("GFLOP\n/s", 1e9)
+    columns = ["x\ndense", "middle\nhalf", *(["goal"] if goals else []), "ms", "least\nms", rate, "of\nmatmul", "MiB"]
+    table = _table(title, "", *columns, *(["host\nms", "waits"] if on_device else []))
     notes = []
     for row in rows:
         if "ratio" not in row:
@@ -52,13 +54,13 @@ def layer(found: Figures) -> RenderableType:
         goal = row.get("goal")
         cells = [
             f"[bold]{row['ratio']:.2f}[/]",
-            f"{row['quartiles'][0]:.2f} - {row['quartiles'][1]:.2f}",
-            f"{goal:.2f}" if goal else "",
+            f"{row['quartiles'][0]:.2f}-{row['quartiles'][1]:.2f}",
+            *([f"{goal:.2f}" if goal else ""] if goals else []),
             three_digits(row["ms"]),
             three_digits(row["min_ms"]),
-            f"{row['flops_per_second'] / 1e9:,.0f}",
+            f"{row['flops_per_second'] / unit:,.0f}",
             f"{row['share_of_matmul']:.0%}",
-            _mebibytes(row["memory_bytes"]),
+            f"{row['memory_bytes'] / 2**20:,.0f}" if on_device else _mebibytes(row["memory_bytes"]),
         ]
         if on_device:
             waits = row.get("waits_for_device")
@@ -71,7 +73,7 @@ def layer(found: Figures) -> RenderableType:
     memory = "peak of forward and backward" if on_device else "kept for the backward pass"
     table.caption = (
         f"x dense: ratio of the medians, to a dense layer of equal FLOPs. {_HALF} matmul: {matmul['size']} square, "
-        f"{matmul['flops_per_second'] / 1e9:,.0f} GFLOP/s right after. MiB: {memory}{uneven}."
+        f"{matmul['flops_per_second'] / unit:,.0f} {rate.replace(chr(10), '')} right after. MiB: {memory}{uneven}."
     )
     return _noted(table, notes)
 
@@ -115,6 +117,8 @@ def recipe(found: Figures) -> RenderableType:
         else f"FLOPs per token differ: {flops['sparse']:,} sparse, {flops['dense']:,} dense"
     )
     table.caption = f"A sparse step takes [bold]{found['ratio']:.2f}[/] times a dense one ({equal})."
+    if found["mode"] is not None:
+        table.caption += f' Compiled in mode "{found["mode"]}".'
     title = "Lightning, logging and progress bar, against a bare loop"
     added = _table(title, "", "added", "bare ms", "Lightning ms", "blocks")
     for row in found["overhead"]:
@@ -193,8 +197,10 @@ def seq2seq(found: Figures) -> RenderableType:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption_justify = "left"
+    # Names break where there is no room; of a number that is cut nobody knows that it is.
+    table.collapse_padding = True
     for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column), overflow="fold")
     return table
 
 

@@ -1,6 +1,7 @@
 """Lightning callbacks: usable in any Trainer, and set up by `switchkit fit` where the user has not done so."""
 
 from switchkit.callbacks.adaptive_l1 import AdaptiveL1
+from switchkit.callbacks.compile import Compile
 from switchkit.callbacks.defaults import defaults
 from switchkit.callbacks.expert_language import ExpertLanguage
 from switchkit.callbacks.freeze import FreezeRouter
@@ -17,6 +18,7 @@ __all__ = [
     "AdaptiveL1",
     "CapacitySchedule",
     "CleanStop",
+    "Compile",
     "ExpertLanguage",
     "FreezeRouter",
     "JitterSchedule",

@@ -229,12 +229,15 @@ class _OnDevice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, load, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = _clear(F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), ends)
-        grad_weight = F.grouped_mm(x.t(), grad, offs=ends)
-        return grad_x, _clear_idle(grad_weight, load), None, None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _clear(F.grouped_mm(grad, weight.transpose(1, 2), offs=ends), ends)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _clear_idle(F.grouped_mm(x.t(), grad, offs=ends), load)
+        return grad_x, grad_weight, None, None
 
 
 def _clear(rows: Tensor, ends: Tensor) -> Tensor:
@@ -257,13 +260,16 @@ def _clear_idle(grad_weight: Tensor, load: Tensor) -> Tensor:
     return grad_weight.masked_fill((load == 0).view(-1, 1, 1), 0)
 
 
-@torch.library.custom_op("switchkit::grouped_linear", mutates_args=())
+# They wait for the device, and so stand between the parts of a model that CUDA graphs record.
+@torch.library.custom_op("switchkit::grouped_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def loop(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """The loop as one operator that torch.compile takes as it is; reads the loads, so on a GPU it waits for them."""
     return _products(x, weight, tuple(load.tolist()))
 
 
-@torch.library.custom_op("switchkit::grouped_linear_weight_gradient", mutates_args=())
+@torch.library.custom_op(
+    "switchkit::grouped_linear_weight_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def loop_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """The gradient of `loop` for its weight."""
     return _weight_gradient(x, grad.contiguous(), weight, tuple(load.tolist()))

@@ -56,8 +56,8 @@ class Base(LinearRouter):
         return token_choice(logits, softmax(logits), expert, weight, valid, extras=self.extras())
 
 
-# One operator, so that torch.compile takes it as it is.
-@torch.library.custom_op("switchkit::balanced_assignment", mutates_args=())
+# One operator, so that torch.compile takes it as it is; it waits for the device, which CUDA graphs cannot record.
+@torch.library.custom_op("switchkit::balanced_assignment", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def balanced_assignment(scores: Tensor, valid: Tensor) -> Tensor:
     """The expert of each token [G, S] for scores [G, S, E]: the best total at equal loads; 0 for padding.
 
