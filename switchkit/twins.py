@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -71,12 +72,19 @@ def dense_spec(
 
 
 def net_of(spec: Mapping[str, Any], vocab_size: int) -> nn.Module:
-    """The model of a description without its weights, on the meta device: shapes alone, at no cost."""
+    """The model of a description without its weights, on the meta device: shapes alone, at no cost.
+
+    One that cannot be built so, as its constructor reads values, has them.
+    """
     arguments = spec.get("init_args") or {}
-    net, moe = build(arguments.get("net")), build(arguments.get("moe"))
-    with torch.device("meta"):
-        made: nn.Module = (net or Decoder)(vocab_size=vocab_size, moe=moe)
-    return made
+    made = partial(build(arguments.get("net")) or Decoder, vocab_size=vocab_size, moe=build(arguments.get("moe")))
+    try:
+        with torch.device("meta"):
+            return made()
+    except (RuntimeError, NotImplementedError):
+        # What has nothing to do with memory is raised again.
+        with torch.random.fork_rng(devices=[]):
+            return made()
 
 
 def _widths(net: Decoder | EncoderDecoder, match: Match, context: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     if match is None:
         if out is not None:
             raise UserError("--out is where --twin writes to: give --twin flops or --twin params too")
-        report.describe(build(rest))
+        with warnings.catch_warnings():
+            # A part that needs memory to be built has it, which is news where several processes share the memory.
+            warnings.filterwarnings("ignore", "the model is built whole in the memory of every process")
+            cli = build(rest, weights=False)
+        report.describe(cli)
         return 0
     if match not in _TWINS:
         raise UserError(f"--twin {match}: expected {' or '.join(_TWINS)}{near(match, _TWINS)}")

@@ -47,9 +47,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def build(argv: Sequence[str], command: str = "fit") -> SwitchkitCLI:
-    """Model, data and trainer as `command` would build them, without running it."""
-    return SwitchkitCLI(command, argv, execute=False)
+def build(argv: Sequence[str], command: str = "fit", *, weights: bool = True) -> SwitchkitCLI:
+    """Model, data and trainer as `command` would build them, without running it.
+
+    `weights` False: a `LanguageModule` has shapes without memory, where its parts allow it, so that any size is built.
+    """
+    return SwitchkitCLI(command, argv, execute=False, weights=weights)
 
 
 class SwitchkitCLI(LightningCLI):
@@ -59,10 +62,11 @@ class SwitchkitCLI(LightningCLI):
         command: fit, validate, test or predict.
         argv: its command line.
         execute: False builds `model`, `datamodule` and `trainer` only.
+        weights: False builds the model without memory.
     """
 
-    def __init__(self, command: str, argv: Sequence[str], *, execute: bool = True) -> None:
-        self.command, self.execute = command, execute
+    def __init__(self, command: str, argv: Sequence[str], *, execute: bool = True, weights: bool = True) -> None:
+        self.command, self.execute, self.weights = command, execute, weights
         self.arguments = read_arguments(argv)
         quiet(command)
         # Merged before Lightning builds its parsers, so that a mistake is told at once.
@@ -173,7 +177,7 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.keep_memory:
             keep_memory()
         try:
-            with later(self._drawn_by_parts):
+            with later(self._without_memory):
                 super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise reason(error, self._tree) from None
@@ -191,12 +195,16 @@ class SwitchkitCLI(LightningCLI):
             told.setLevel(before)
 
     @property
-    def _drawn_by_parts(self) -> bool:
-        """Whether each process gets its parts of the model only; not if weights are loaded before the Trainer runs."""
+    def _without_memory(self) -> bool:
+        """Whether the model is built without memory: nobody wants its weights, or each process gets its part later.
+
+        Not if weights are loaded before the Trainer runs.
+        """
         begins = self.settings.get("init_from") is not None and self.settings.get("ckpt_path") is None
         # One of another class may look at its weights, or read those of a teacher.
         own = self.settings.model.class_path == full_path(LanguageModule)
-        return self.execute and own and not begins and strategies.draws_by_parts(self.settings.trainer.strategy)
+        by_parts = self.execute and strategies.draws_by_parts(self.settings.trainer.strategy)
+        return own and not begins and (by_parts or not self.weights)
 
     def _begin_from(self) -> None:
         """Load the weights that ``--init_from`` names, unless the run goes on from a checkpoint of its own."""

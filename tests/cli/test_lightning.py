@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
 from pathlib import Path
 
@@ -341,6 +342,35 @@ def test_describe_trains_nothing(run):
     assert code == 0
     assert "switch" in out
     assert not Path("runs").exists()
+
+
+def test_describe_needs_no_memory(run):
+    """A model that no machine holds."""
+    sizes = {
+        "d_model": 65536,
+        "num_heads": 2,
+        "d_ff": 262144,
+        "num_experts": 400,
+        "num_layers": 2,
+        "sparse": "every(1)",
+    }
+    code, out, err = run("describe", *SMALL, *(f"--model.net.{name}={size}" for name, size in sizes.items()))
+    assert (code, err) == (0, "")
+    experts = 2 * 400 * 2 * 65536 * 262144
+    total = int(re.search(r"([\d,]+) in all", out)[1].replace(",", ""))
+    assert experts < total < 1.01 * experts
+
+
+def test_describe_builds_what_needs_memory(run):
+    """A part whose constructor reads values is built as ever, and nothing is said of that."""
+    Path("reads.py").write_text(
+        "from switchkit import Switch\n\n\nclass Reads(Switch):\n    def __init__(self, *sizes, **named):\n"
+        "        super().__init__(*sizes, **named)\n        self.mean = self.weight.mean().item()\n",
+        encoding="utf-8",
+    )
+    code, out, err = run("describe", *SMALL, "--model.moe.router", "reads.Reads")
+    assert (code, err) == (0, "")
+    assert "Reads" in out
 
 
 def test_generate(runs, run):
