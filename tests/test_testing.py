@@ -22,6 +22,7 @@ from switchkit import (
     ExpertChoice,
     Experts,
     Factor,
+    GShard,
     Linear,
     LinearRouter,
     Loss,
@@ -625,6 +626,30 @@ class Fixed(Switch):
 
     def logits(self, tokens: Tensor) -> Tensor:
         return super().logits(tokens) * self.log_temperature.to(torch.promote_types(tokens.dtype, torch.float32)).exp()
+
+
+@pytest.mark.parametrize(
+    ("check", "part", "options"),
+    [
+        (check_experts, Mlp, {"dropout": 0.5}),
+        (check_router, GShard, {"eval_second": "threshold"}),
+        (check_router, GShard, {"eval_second": "threshold", "normalize": "after"}),
+    ],
+    ids=["dropout", "unsent_seconds", "unsent_seconds_after"],
+)
+def test_what_draws_or_leaves_choices_out_passes(check: Any, part: Any, options: dict[str, Any]) -> None:
+    """Dropout falls on rows, whose places later tokens move; weights of choices that are not sent are missing."""
+    check(part, skip=("compiles",), **options)
+
+
+def test_weights_that_do_not_add_up_are_still_seen() -> None:
+    class Half(GShard):
+        def forward(self, *inputs: Any) -> Routing:
+            found = super().forward(*inputs)
+            return replace(found, weight=found.weight / 2)
+
+    (told,) = (r for r in run_router(Half, {"eval_second": "threshold"}) if r.property == "equal_experts_are_dense")
+    assert "do not add up to 1" in told.detail
 
 
 def test_numbers_that_all_experts_share_and_frozen_weights_pass() -> None:

@@ -135,8 +135,9 @@ def ask_experts(cls: type[Experts], options: Mapping[str, Any], around: Around) 
     # As wide as the tokens, so that a transposed matrix would fit.
     square = [replace(base, d_ff=base.d_model), *_both(base)]
     yield ask(p.experts_start_different, base)
-    # What draws, such as dropout, gives a loop other numbers.
-    trained = [] if _draw(base) else [replace(c, training=True) for c in layouts]
+    # What draws, such as dropout, gives a loop other numbers, and a row those of its place among the rows.
+    draws = _draw(base)
+    trained = [] if draws else [replace(c, training=True) for c in layouts]
     yield ask(p.equals_the_loop, *layouts, *square, replace(base, router="switch", k=None), *trained)
     dropless = [replace(c, capacity="dropless") for c in layouts[:2]]
     yield ask(p.dispatchers_agree, *dropless, *layouts[:2], *trained[:2])
@@ -149,7 +150,7 @@ def ask_experts(cls: type[Experts], options: Mapping[str, Any], around: Around) 
     yield ask(p.nothing_at_all_is_fine, *layouts, replace(base, router="switch", k=None))
     yield ask(p.padding_changes_nothing, *layouts)
     yield ask(p.sequences_do_not_meet, *layouts)
-    yield ask(p.the_future_changes_nothing, base)
+    yield ask(p.the_future_changes_nothing, base, modes=(False,) if draws else (False, True))
     yield ask(p.evaluation_is_certain, *layouts)
     yield ask(p.forward_changes_nothing, base, replace(base, dtype=torch.bfloat16))
     yield ask(p.routing_is_float32, *layouts)
