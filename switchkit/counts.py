@@ -10,7 +10,7 @@ from torch import nn
 from switchkit.attention import Attention, CrossAttention, LatentAttention
 from switchkit.experts.null import Null
 from switchkit.experts.shared import Shared
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.routing.soft import Soft
 
@@ -86,11 +86,10 @@ def buffered(model: nn.Module, context: int) -> int:
     """Operations of one token in routed experts whose buffers are filled to their capacity in training, as a
     dispatcher with buffers of one size computes them; where nothing limits them, those of the even load."""
     total = Fraction(0)
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            rows, limit, size = _rows(layer, context)
-            buffers = rows if limit is None or layer.router.full else min(limit, size) * layer.num_experts
-            total += products(layer, context)[0] * Fraction(buffers, rows)
+    for layer in moe_layers(model).values():
+        rows, limit, size = _rows(layer, context)
+        buffers = rows if limit is None or layer.router.full else min(limit, size) * layer.num_experts
+        total += products(layer, context)[0] * Fraction(buffers, rows)
     return round(2 * total)
 
 

@@ -23,7 +23,7 @@ from switchkit.routing.token_choice import Switch
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-__all__ = ["FeedForward", "FeedForwardFactory", "MoEFactory", "MoELayer"]
+__all__ = ["FeedForward", "FeedForwardFactory", "MoEFactory", "MoELayer", "moe_layers"]
 
 
 class MoELayer(nn.Module):
@@ -203,6 +203,14 @@ class MoELayer(nn.Module):
         # A group of one token may have one value for all its choices.
         kept = sum_choices(routing.kept.reshape(-1, 1).to(tokens.dtype), routing)
         return tokens * ((kept == 0) & routing.valid.unsqueeze(-1))
+
+
+def moe_layers(net: nn.Module) -> dict[str, MoELayer]:
+    """The sparse layers of a model by their names in it, in the order of `named_modules`, which is that of its records.
+
+    One that stands in two places has the first name alone.
+    """
+    return {name: part for name, part in net.named_modules() if isinstance(part, MoELayer)}
 
 
 def _check_factory(what: str, factory: object, base: type) -> None:

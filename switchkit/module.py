@@ -21,7 +21,7 @@ import switchkit
 from switchkit import checkpoints, origin
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
-from switchkit.layers import MoEFactory, MoELayer
+from switchkit.layers import MoEFactory, moe_layers
 from switchkit.losses.balance import Balance
 from switchkit.losses.base import Loss, LossFactory, built, names_of
 from switchkit.metrics import Evaluation, RoutingMetrics, count_targets, cross_entropy, step_stats
@@ -129,8 +129,8 @@ class LanguageModule(L.LightningModule):
         self._loss_names = names_of(self.losses)
         self.optimizer: OptimizerFactory = optimizer or adamw
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
-        self.sparse_layers = [name for name, part in self.net.named_modules() if isinstance(part, MoELayer)]
-        experts = [part.num_experts for part in self.net.modules() if isinstance(part, MoELayer)]
+        self.sparse_layers = [*(layers := moe_layers(self.net))]
+        experts = [layer.num_experts for layer in layers.values()]
         shape = len(experts), max(experts, default=0)
         self.train_routing = RoutingMetrics(len(experts), experts)
         self.evaluation = Evaluation(experts)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint as recompute
 
 from switchkit.blocks import Block
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.parallel.exchange import Exchange
 from switchkit.parallel.experts import shard_experts, stacked
 from switchkit.parallel.mesh import Meshes, check_experts, sharded_dimension
@@ -38,24 +38,23 @@ def parallelize(
     if own:
         raise ValueError(f"{type(module).__name__} has parameters of its own ({own[0]}): put them into a child module")
     shares = meshes.expert.size()
-    for name, part in module.named_modules():
-        if isinstance(part, MoELayer) and shares > 1:
-            # Before anything is changed.
-            check_experts(name, part.num_experts, shares)
-            stacked(name, part.experts)
+    sparse = moe_layers(module) if shares > 1 else {}
+    for name, layer in sparse.items():
+        # Before anything is changed.
+        check_experts(name, layer.num_experts, shares)
+        stacked(name, layer.experts)
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.is_meta:
             take_from_first(tensor.data, device)
     cut = partial(_placement, meshes.whole_dense["shard"].size())
     cut_experts = partial(_placement, meshes.whole_sparse["expert_shard"].size())
-    for name, part in list(module.named_modules()):
-        if isinstance(part, MoELayer) and shares > 1:
-            shard_experts(name, part.experts, meshes.expert)
-            part.dispatcher = Exchange(part.dispatcher, meshes.expert.get_group())
-            for owner in stacked(name, part.experts):
-                fully_shard(owner, mesh=meshes.expert_data, shard_placement_fn=cut_experts)
-            if compiling:
-                part.forward = partial(_as_it_is, part)  # type: ignore[method-assign]
+    for name, layer in sparse.items():
+        shard_experts(name, layer.experts, meshes.expert)
+        layer.dispatcher = Exchange(layer.dispatcher, meshes.expert.get_group())
+        for owner in stacked(name, layer.experts):
+            fully_shard(owner, mesh=meshes.expert_data, shard_placement_fn=cut_experts)
+        if compiling:
+            layer.forward = partial(_as_it_is, layer)  # type: ignore[method-assign]
     for part in list(module.modules()):
         if isinstance(part, Block):
             # On the instance, so that FSDP's hooks gather the weights around it.

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from switchkit.capacity.policies import Dropless
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 
 __all__ = ["MicroBatch", "NonFiniteError", "Seen", "Step", "gradient_scale", "warn_of_groups", "weighted_means"]
 
@@ -185,7 +185,7 @@ def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def warn_of_groups(module: nn.Module, devices: int) -> None:
     """Say so where what the layers of a module choose or drop depends on the number of devices."""
-    layers = [part for part in module.modules() if isinstance(part, MoELayer)]
+    layers = moe_layers(module).values()
     groups = {m.group for m in layers if m.router.leaks or not isinstance(m.capacity, Dropless)} - {"sequence"}
     if devices > 1 and groups:
         ways = " and ".join(f"group={group!r}" for group in sorted(groups, key=str))

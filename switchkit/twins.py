@@ -12,7 +12,7 @@ from torch import nn
 
 from switchkit.attention import Attention
 from switchkit.counts import products
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import full_path
 from switchkit.spec import build
@@ -58,7 +58,7 @@ def dense_spec(
     net = net_of(spec, vocab_size)
     if not isinstance(net, (Decoder, EncoderDecoder)):
         raise ValueError(f"a dense twin is made of a Decoder or an EncoderDecoder; this is a {type(net).__name__}")
-    mixtures = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
+    mixtures = [*moe_layers(net).values()]
     if not mixtures:
         raise ValueError("this model is dense already: give one with sparse layers")
     if match == "flops":

@@ -34,7 +34,7 @@ from switchkit import (
 )
 from switchkit.attention import Attention, rotate
 from switchkit.blocks import Block
-from switchkit.layers import FeedForward
+from switchkit.layers import FeedForward, moe_layers
 from switchkit.routing.base import token_choice
 
 
@@ -50,6 +50,16 @@ def test_each_layer_has_parts_of_its_own() -> None:
     first, second = factory(), factory()
     assert first.router is not second.router
     assert first.capacity is not second.capacity
+
+
+def test_the_sparse_layers_of_a_model_by_name() -> None:
+    """Wherever they stand, dense ones left out, one that stands in two places once."""
+    one, inner, shared = (MoELayer(8, 2, d_ff=4) for _ in range(3))
+    net = nn.ModuleDict({"b": shared, "dense": FeedForward(8, 4), "a": nn.Sequential(one, shared), "c": nn.Module()})
+    net["c"].wrapped = inner
+    assert list(moe_layers(net).items()) == [("b", shared), ("a.0", one), ("c.wrapped", inner)]
+    assert moe_layers(one) == {"": one}
+    assert moe_layers(net["dense"]) == {}
 
 
 def test_a_routers_k_is_what_capacity_is_asked_with() -> None:

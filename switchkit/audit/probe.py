@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchkit.audit.reading import Reading
 from switchkit.experts.base import Experts
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.losses.base import Loss, alone
 from switchkit.models import EncoderDecoder, Output
 from switchkit.models.base import causal_layers
@@ -154,7 +154,7 @@ def make_probe(module: LanguageModule, sequences: int, size: int, seed: int) -> 
 
 def sparse_layers(net: nn.Module) -> dict[str, MoELayer]:
     """By their names in the model itself."""
-    return {name: part for name, part in _inner(net).named_modules() if isinstance(part, MoELayer)}
+    return moe_layers(_inner(net))
 
 
 def _inner(net: nn.Module) -> nn.Module:

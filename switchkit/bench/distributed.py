@@ -20,7 +20,7 @@ from switchkit.bench.ranks import ALONE, Job, work
 from switchkit.bench.step import found_recipe, pool, read
 from switchkit.bench.timing import Timing, ratios
 from switchkit.cli.errors import UserError
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.parallel.experts import stacked
 from switchkit.spec import build
 
@@ -100,16 +100,15 @@ def expert_sizes(module: nn.Module, processes: int) -> tuple[int, ...]:
 
     A dense model, and experts that have no stacked weights, leave 1.
     """
-    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, MoELayer)]
+    layers = moe_layers(module)
     try:
-        for name, layer in layers:
+        for name, layer in layers.items():
             stacked(name, layer.experts)
     except ValueError:
         return (1,)
     sizes = [2**power for power in range(processes.bit_length())] if layers else [1]
-    return tuple(
-        size for size in sizes if processes % size == 0 and all(layer.num_experts % size == 0 for _, layer in layers)
-    )
+    shared = [processes, *(layer.num_experts for layer in layers.values())]
+    return tuple(size for size in sizes if all(number % size == 0 for number in shared))
 
 
 def launch(function: Callable[..., None], job: Any, processes: int, seconds: float) -> None:

@@ -19,7 +19,6 @@ from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.recipes import find_config
 from switchkit.counts import count
-from switchkit.layers import MoELayer
 from switchkit.losses.base import alone
 from switchkit.metrics import cross_entropy
 from switchkit.models.encoder_decoder import EncoderDecoder
@@ -152,8 +151,7 @@ def twin_of(name: str, module: LanguageModule) -> list[str]:
     Raises:
         UserError, ValueError: a dense model, one without a twin of equal FLOPs.
     """
-    layers = [layer for layer in module.net.modules() if isinstance(layer, MoELayer)]
-    if not layers:
+    if not module.sparse_layers:
         raise UserError(f"--recipe {name}: this model is dense; give a recipe with sparse layers")
     path = Path(found_recipe(name))
     beside = path.with_name(f"{path.stem}_dense{path.suffix}")

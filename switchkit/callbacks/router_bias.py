@@ -5,8 +5,9 @@ from __future__ import annotations
 import lightning as L
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from switchkit.layers import moe_layers
 from switchkit.module import LanguageModule
 from switchkit.step_callback import StepCallback
 
@@ -54,7 +55,7 @@ class UpdateRouterBias(StepCallback):
         assert isinstance(pl_module, LanguageModule)
         found = {name: bias for name, bias in _biases(pl_module).items() if bias is not None}
         if not found:
-            routers = sorted({type(_router(pl_module, name)).__name__ for name in pl_module.sparse_layers})
+            routers = sorted({type(layer.router).__name__ for layer in moe_layers(pl_module.net).values()})
             raise ValueError(
                 f"UpdateRouterBias found no router with a buffer `bias`, only {', '.join(routers)}: "
                 "use the router `sigmoid`, or leave the callback out"
@@ -76,10 +77,7 @@ class UpdateRouterBias(StepCallback):
                 bias += bias_update(counts[: len(bias)], self.rate, center=self.center)
 
 
-def _router(module: LanguageModule, layer: str) -> nn.Module:
-    return module.net.get_submodule(layer).router  # type: ignore[return-value]
-
-
 def _biases(module: LanguageModule) -> dict[str, Tensor | None]:
     """By sparse layer, in the order of the counts."""
-    return {name: dict(_router(module, name).named_buffers(recurse=False)).get("bias") for name in module.sparse_layers}
+    layers = moe_layers(module.net).items()
+    return {name: dict(layer.router.named_buffers(recurse=False)).get("bias") for name, layer in layers}

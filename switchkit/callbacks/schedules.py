@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from switchkit.capacity.policies import Factor
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.models.base import causal_layers
 from switchkit.routing.base import Router
 
@@ -62,7 +62,7 @@ class CapacitySchedule(L.Callback):
         return linear(step, self.start, self.end, self.steps, self.begin)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        layers = [part for part in pl_module.modules() if isinstance(part, MoELayer)]
+        layers = moe_layers(pl_module).values()
         if stage == "fit" and not any(isinstance(layer.capacity, Factor) for layer in layers):
             kinds = sorted({type(layer.capacity).__name__ for layer in layers}) or ["no sparse layer"]
             raise ValueError(
@@ -84,9 +84,9 @@ class CapacitySchedule(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         factor = self.factor(trainer.global_step)
-        for part in pl_module.modules():
-            if isinstance(part, MoELayer) and isinstance(part.capacity, Factor) and part.capacity.train != factor:
-                part.capacity.train = factor
+        for layer in moe_layers(pl_module).values():
+            if isinstance(layer.capacity, Factor) and layer.capacity.train != factor:
+                layer.capacity.train = factor
 
 
 class JitterSchedule(L.Callback):

@@ -22,7 +22,7 @@ from switchkit.cli.normalise import target_of
 from switchkit.cli.options import json_target, write_json
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
-from switchkit.layers import MoELayer
+from switchkit.models.base import leak
 from switchkit.module import LanguageModule
 from switchkit.report.tables import console
 
@@ -79,7 +79,7 @@ def _measured(arguments: list[str]) -> dict[str, Any]:
     context = min(int(getattr(cli.datamodule, "context", 0) or longest), longest)
     sequences = sequences_for(module, context, int(getattr(cli.datamodule, "batch_size", 0) or 0))
     findings = audit(module, context=context, sequences=sequences, trained=path is not None)
-    refused = bool(permit) and any(part.leaks for part in module.modules() if isinstance(part, MoELayer))
+    refused = bool(permit) and leak(module) is not None
     read = f"on {sequences} sequences of {context} random tokens"
     _print(findings, f"Audit of {_title(arguments, path)}, {read}", refused)
     return {

@@ -67,9 +67,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 def _tell_of_loud(work: Conversion) -> None:
     """Say where nobody knows without data what the experts' outputs are multiplied by."""
     from switchkit.convert.measuring import weight_of_every_token
-    from switchkit.convert.rebuilding import moe_layers
+    from switchkit.layers import moe_layers
 
-    unknown = [name for name, layer in moe_layers(work.module).items() if weight_of_every_token(layer) is None]
+    unknown = [name for name, layer in moe_layers(work.module.net).items() if weight_of_every_token(layer) is None]
     if unknown:
         instead = "leave --no_data out" if work.data is not None else "a checkpoint of `fit` has data to measure it on"
         say(

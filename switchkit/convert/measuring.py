@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.metrics import cross_entropy
 from switchkit.models.base import evaluating
 from switchkit.module import LanguageModule
@@ -110,9 +110,7 @@ def assumed(module: LanguageModule) -> Measured:
     without a row for each are like themselves alone.
     """
     layers = []
-    for name in module.sparse_layers:
-        layer = module.net.get_submodule(name)
-        assert isinstance(layer, MoELayer)
+    for name, layer in moe_layers(module.net).items():
         count = layer.num_experts
         known = weight_of_every_token(layer)
         gate = 1.0 if known is None else known

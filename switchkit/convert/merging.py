@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchkit.convert.measuring import Measured
 from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.experts.shared import Shared
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.module import LanguageModule
 
 __all__ = [
@@ -165,12 +165,10 @@ def feed_forward_of(
 
 def feed_forwards_of(module: LanguageModule, measured: Measured, how: How) -> dict[str, dict[str, Tensor]]:
     """`feed_forward_of` each sparse layer of a model by its name, with the usage and the weights that were measured."""
-    made = {}
-    for use in measured.layers:
-        layer = module.net.get_submodule(use.layer)
-        assert isinstance(layer, MoELayer)
-        made[use.layer] = feed_forward_of(layer, how, usage=use.load, gate=use.gate)
-    return made
+    layers = moe_layers(module.net)
+    return {
+        use.layer: feed_forward_of(layers[use.layer], how, usage=use.load, gate=use.gate) for use in measured.layers
+    }
 
 
 def check_how(how: str) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from switchkit.layers import MoELayer
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.registry import full_path
 from switchkit.spec import OnMeta, build
 
-__all__ = ["moe_layers", "net_arguments", "rebuilt"]
+__all__ = ["net_arguments", "rebuilt"]
 
 
 def net_arguments(module: LanguageModule) -> dict[str, Any]:
@@ -44,8 +43,3 @@ def rebuilt(module: LanguageModule, net: Mapping[str, Any], **arguments: Any) ->
     made: LanguageModule = partial(factory, net=OnMeta(bare.func, **bare.keywords))()
     made.hugging_face = copy.deepcopy(module.hugging_face)
     return made
-
-
-def moe_layers(module: LanguageModule) -> dict[str, MoELayer]:
-    """The sparse layers by their names in the net."""
-    return {name: part for name, part in module.net.named_modules() if isinstance(part, MoELayer)}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from switchkit.convert.measuring import ExpertUse, Measured
 from switchkit.convert.merging import How, check_how, expert_of, stack_for_dense, stack_of
-from switchkit.convert.rebuilding import moe_layers, net_arguments, rebuilt
+from switchkit.convert.rebuilding import net_arguments, rebuilt
 from switchkit.experts.shared import Shared
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.layers import FeedForward, MoELayer, moe_layers
 from switchkit.module import LanguageModule
 
 __all__ = ["By", "check_shrinks", "groups_of", "kept_experts", "merge", "prune", "rescale"]
@@ -148,7 +148,7 @@ def rescale(module: LanguageModule, before: Measured, after: Measured) -> bool:
         after: measured of `module`, on the same data.
     """
     changed = False
-    for layer, old, new in zip(moe_layers(module).values(), before.layers, after.layers, strict=True):
+    for layer, old, new in zip(moe_layers(module.net).values(), before.layers, after.layers, strict=True):
         factor = old.gate_undropped / new.gate_undropped if new.gate_undropped else 1.0
         if abs(factor - 1) > 1e-6:
             changed = True
@@ -169,7 +169,7 @@ def check_shrinks(module: LanguageModule, count: int | None = None) -> dict[str,
             range, or that the devices of a loss cannot share out, experts of several widths, a router without a part
             for each; without: experts that no dense layer expresses, dense layers of a class of one's own.
     """
-    layers = moe_layers(module)
+    layers = moe_layers(module.net)
     if not layers:
         raise ValueError("the model is dense already: it has no experts to prune, merge or replace")
     for name in layers:

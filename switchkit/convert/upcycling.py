@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from switchkit.capacity.policies import Dropless, Factor
-from switchkit.convert.rebuilding import moe_layers, net_arguments, rebuilt
+from switchkit.convert.rebuilding import net_arguments, rebuilt
 from switchkit.experts.feed_forward import GatedMlp, Mlp
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.layers import FeedForward, MoELayer, moe_layers
 from switchkit.losses.balance import Balance
 from switchkit.models import EncoderDecoder
 from switchkit.module import LanguageModule
@@ -102,7 +102,7 @@ def upcycle(
     )
     losses = module.spec["init_args"]["losses"] or describe([Balance])
     made = rebuilt(module, arguments, moe=describe(moe), losses=losses)
-    layers = moe_layers(made)
+    layers = moe_layers(made.net)
     if not layers:
         raise ValueError(f"sparse={sparse!r} makes no layer sparse: name one at least")
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from switchkit.convert.measuring import measure
 from switchkit.convert.merging import How, feed_forwards_of
 from switchkit.experts.shared import Shared
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.layers import FeedForward, MoELayer, moe_layers
 from switchkit.module import LanguageModule
 
 __all__ = ["Inherited", "Init", "inherit", "inherit_experts", "outside"]
@@ -134,7 +134,7 @@ def _module(net: nn.Module, name: str) -> nn.Module | None:
 
 def outside(net: nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights outside sparse layers."""
-    sparse = tuple(f"{name}." for name, part in net.named_modules() if isinstance(part, MoELayer))
+    sparse = tuple(f"{name}." for name in moe_layers(net))
     return {name: value for name, value in net.state_dict().items() if not name.startswith(sparse)}
 
 

@@ -15,7 +15,7 @@ from switchkit import checkpoints
 from switchkit.capacity.policies import Dropless
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.student import outside
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.models import Output
 from switchkit.module import LanguageModule
 
@@ -125,9 +125,8 @@ def frozen(module: LanguageModule) -> LanguageModule:
 
     Routers that choose by capacity (expert_choice, soft) go on doing so.
     """
-    for layer in module.modules():
-        if isinstance(layer, MoELayer):
-            layer.capacity = Dropless()
+    for layer in moe_layers(module).values():
+        layer.capacity = Dropless()
     return module.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from switchkit.generation.complete import generate
 from switchkit.generation.ends import ends_of
 from switchkit.generation.window import pad_left
-from switchkit.layers import MoELayer
+from switchkit.models.base import uncacheable
 
 __all__ = ["completions", "one_at_a_time"]
 
@@ -25,8 +25,7 @@ def one_at_a_time(net: nn.Module, prompts: Sequence[Int[Tensor, "_"]], max_new_t
     """
     if not hasattr(net, "uncacheable"):
         return f"a {type(net).__name__} does not say whether padding changes what it computes (uncacheable)"
-    reasons = (layer.uncacheable for layer in net.modules() if isinstance(layer, MoELayer))
-    why = net.uncacheable or next((reason for reason in reasons if reason), None)
+    why = net.uncacheable or uncacheable(net)
     if why is not None:
         return str(why)
     context, lengths = getattr(net, "context", None), {len(prompt) for prompt in prompts}

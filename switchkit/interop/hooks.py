@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.records import Routing
 
 __all__ = ["OutputOnly", "record"]
@@ -26,7 +26,7 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         ValueError: a model without any of our layers.
     """
-    layers = [part for part in model.modules() if isinstance(part, MoELayer)]
+    layers = moe_layers(model).values()
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoELayer to record: put some in first, such as "

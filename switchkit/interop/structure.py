@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.routing.token_choice import TopK
 
 __all__ = ["differences"]
@@ -29,7 +29,7 @@ NO_LIMITS = [None] * len(LENGTHS)
 def differences(ours: nn.Module, theirs: nn.Module) -> Iterator[str]:
     """What `ours` has and `theirs` has not, or otherwise, in anything that tells in evaluation; shapes apart."""
     others = dict(theirs.named_modules())
-    free = {layer.router for layer in ours.modules() if isinstance(layer, MoELayer) and _limits(layer) == NO_LIMITS}
+    free = {layer.router for layer in moe_layers(ours).values() if _limits(layer) == NO_LIMITS}
     for name, part in ours.named_modules():
         where = name or "the model"
         other = others.pop(name, None)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchkit.blocks import Past
-from switchkit.layers import FeedForwardFactory, MoEFactory, MoELayer
+from switchkit.layers import FeedForwardFactory, MoEFactory, MoELayer, moe_layers
 from switchkit.records import Routing
 
 __all__ = [
@@ -155,19 +155,18 @@ def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff")
 
 def leak(part: nn.Module) -> str | None:
     """Why a causal model of these layers would see the future; None: it would not."""
-    return next((layer.leaks for layer in _sparse(part) if layer.leaks), None)
+    return next((layer.leaks for layer in moe_layers(part).values() if layer.leaks), None)
 
 
 def causal_layers(net: nn.Module) -> dict[str, MoELayer]:
     """The sparse layers of a model that must not see later tokens, by name: all but an encoder's."""
     reads = hasattr(net, "start_id")
-    found = ((name, part) for name, part in net.named_modules() if isinstance(part, MoELayer))
-    return {name: part for name, part in found if not (reads and name.startswith("encoder."))}
+    return {name: part for name, part in moe_layers(net).items() if not (reads and name.startswith("encoder."))}
 
 
 def uncacheable(part: nn.Module) -> str | None:
     """Why these layers would decide otherwise on tokens given one at a time; None: they would not."""
-    return next((layer.uncacheable for layer in _sparse(part) if layer.uncacheable), None)
+    return next((layer.uncacheable for layer in moe_layers(part).values() if layer.uncacheable), None)
 
 
 @contextmanager
@@ -224,7 +223,3 @@ def through(
         if past is not None:
             layers.append(past)
     return x, routings, tuple(layers)
-
-
-def _sparse(part: nn.Module) -> Iterator[MoELayer]:
-    return (layer for layer in part.modules() if isinstance(layer, MoELayer))

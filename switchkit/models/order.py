@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.records import Routing
 
 __all__ = ["check_records", "listened"]
@@ -34,7 +34,7 @@ def listened(net: nn.Module, *inputs: Any, **named: Any) -> Any:
     """
     if torch.compiler.is_compiling() or any(_compiled(part) for part in net.modules()):
         return net(*inputs, **named)
-    layers = {part: name for name, part in net.named_modules() if isinstance(part, MoELayer)}
+    layers = {part: name for name, part in moe_layers(net).items()}
     heard: list[tuple[str, Routing]] = []
     hooks = [part.register_forward_hook(lambda p, _, out: heard.append((layers[p], out[1]))) for part in layers]
     try:

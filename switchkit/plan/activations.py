@@ -19,7 +19,7 @@ from switchkit.experts.base import Experts
 from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.experts.linear import Linear
 from switchkit.experts.shared import Shared
-from switchkit.layers import FeedForward, MoELayer
+from switchkit.layers import FeedForward, MoELayer, moe_layers
 from switchkit.models import EncoderDecoder
 from switchkit.plan.hardware import Precision
 
@@ -62,8 +62,7 @@ def activations(
     found = [part for part in model.modules() if isinstance(part, Block)]
     width, vocabulary = _width(model), int(getattr(model, "vocab_size", 0))
     blocks = tuple(_block(block, batch, context, precision, imbalance, model) for block in found)
-    layers = [part for part in model.modules() if isinstance(part, MoELayer)]
-    records = sum(tokens * (4 * layer.num_experts + 40 * layer.router.k) for layer in layers)
+    records = sum(tokens * (4 * layer.num_experts + 40 * layer.router.k) for layer in moe_layers(model).values())
     norm = tokens * (precision.stream * width + 8)
     ends = 2 if isinstance(model, EncoderDecoder) else 1
     half = precision.product < 4

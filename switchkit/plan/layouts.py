@@ -11,7 +11,7 @@ from torch import nn
 from switchkit.counts import Counts, buffered, count
 from switchkit.dispatch.einsum import Einsum
 from switchkit.dispatch.padded import Padded
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.optim import OptimizerFactory
 from switchkit.parallel.mesh import Layout
 from switchkit.plan.activations import activations, rows_of
@@ -99,7 +99,7 @@ def plan(
     found, refused = [], []
     if (why := needs_whole(optimizer)) is not None:
         refused.append(Refused("expert_parallel", why))
-    for arrangements in _arrangements(world, any(isinstance(part, MoELayer) for part in model.modules())):
+    for arrangements in _arrangements(world, bool(moe_layers(model))):
         if why is not None and arrangements[0].strategy == "expert_parallel":
             continue
         try:
@@ -137,7 +137,7 @@ class _Counter:
         self.gpus, self.headroom = gpus, headroom
         self.counts = count(model, work.context)
         self.kept = activations(model, work.batch, work.context, work.precision, work.imbalance)
-        layers = [part for part in model.modules() if isinstance(part, MoELayer)]
+        layers = moe_layers(model).values()
         self.exchanges = [
             Exchange(round(rows_of(part, work.batch, work.context) * work.imbalance), part.d_model, part.num_experts)
             for part in layers

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from switchkit.blocks import Block
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.parallel.experts import stacked
 from switchkit.parallel.mesh import Layout, check_experts, sharded_dimension
 from switchkit.routing.base import Router
@@ -88,13 +88,12 @@ def units(model: nn.Module, expert_parallel_size: int) -> tuple[Unit, ...]:
     routers = {id(p) for part in model.modules() if isinstance(part, Router) for p in part.parameters()}
     made = []
     if expert_parallel_size > 1:
-        for name, layer in model.named_modules():
-            if isinstance(layer, MoELayer):
-                check_experts(name, layer.num_experts, expert_parallel_size)
-                place = next((i for i, block in enumerate(blocks) if any(m is layer for m in block.modules())), -1)
-                for owner in stacked(name, layer.experts):
-                    own = list(owner.parameters(recurse=False))
-                    made.append(_unit("experts", own, taken, routers, place))
+        for name, layer in moe_layers(model).items():
+            check_experts(name, layer.num_experts, expert_parallel_size)
+            place = next((i for i, block in enumerate(blocks) if any(m is layer for m in block.modules())), -1)
+            for owner in stacked(name, layer.experts):
+                own = list(owner.parameters(recurse=False))
+                made.append(_unit("experts", own, taken, routers, place))
     for index, block in enumerate(blocks):
         made.append(_unit("block", list(block.parameters()), taken, routers, index))
     embeddings = {id(p) for part in model.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}

@@ -18,7 +18,7 @@ from torch import nn
 
 from switchkit.blocks import Block
 from switchkit.counts import Counts, count
-from switchkit.layers import MoELayer
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
 from switchkit.report.numbers import short
@@ -42,7 +42,7 @@ def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = ()) -> Table:
     """Sizes and parts of a model, then `more` rows."""
     sizes = count(net, context)
-    every = [layer for layer in net.modules() if isinstance(layer, MoELayer)]
+    every = moe_layers(net).values()
     blocks = [block for block in net.modules() if isinstance(block, Block)]
     sparse = [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
     projections = [layer for layer in every if not any(layer is mlp for mlp in sparse)]
