@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
+from switchkit.checks import finite_above
+
 __all__ = ["DataParallelStrategy", "use_for_ddp"]
 
 
@@ -36,8 +38,7 @@ class DataParallelStrategy(DDPStrategy):
         gradient_as_bucket_view: bool = False,
         **more: Any,
     ) -> None:
-        if not 0 < timeout_seconds < float("inf"):
-            raise ValueError(f"timeout_seconds must be a finite number > 0; got {timeout_seconds}")
+        finite_above(0, timeout_seconds=timeout_seconds)
         super().__init__(
             timeout=timedelta(seconds=timeout_seconds),
             find_unused_parameters=find_unused_parameters,

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.capacity.base import CapacityFactory, CapacityPolicy, check_whole, placed_by
+from switchkit.capacity.base import CapacityFactory, CapacityPolicy, placed_by
 from switchkit.capacity.policies import Dropless
+from switchkit.checks import one_of, whole
 from switchkit.dispatch.base import Dispatcher, DispatcherFactory, sum_choices
 from switchkit.dispatch.sorted import Sorted
 from switchkit.experts.base import ACTIVATIONS, Activation, Experts, ExpertsFactory, check, init_linear
@@ -74,8 +75,7 @@ class MoELayer(nn.Module):
         num_experts, d_ff = num_experts * granularity, d_ff // granularity
         if group not in ("sequence", "batch") and not (isinstance(group, int) and group >= 1):
             raise ValueError(f"group must be 'sequence', 'batch' or a number of tokens >= 1; got {group!r}")
-        if dropped not in ("zero", "input", "weighted_input"):
-            raise ValueError(f"dropped must be 'zero', 'input' or 'weighted_input'; got {dropped!r}")
+        one_of("dropped", dropped, ("zero", "input", "weighted_input"))
         self.d_model, self.num_experts, self.d_ff = d_model, num_experts, d_ff
         self.group, self.dropped = group, dropped
         for what, factory, base in (
@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
         ):
             _check_factory(what, factory, base)
         self.router = (router or Switch)(d_model=d_model, num_experts=num_experts)
-        check_whole(f"{type(self.router).__name__}.k", self.router.k)
+        whole(f"{type(self.router).__name__}.k", self.router.k)
         self.capacity = (capacity or Dropless)()
         self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.dispatcher = (dispatcher or Sorted)()

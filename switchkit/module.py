@@ -19,6 +19,7 @@ from torch import Tensor
 
 import switchkit
 from switchkit import checkpoints, origin
+from switchkit.checks import at_least, one_of
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import continuation
 from switchkit.layers import MoEFactory, moe_layers
@@ -94,10 +95,8 @@ class LanguageModule(L.LightningModule):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0; got {warmup_steps}")
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule must be 'cosine' or 'constant'; got {schedule!r}")
+        at_least(0, warmup_steps=warmup_steps)
+        one_of("schedule", schedule, ("cosine", "constant"))
         if not 0 <= final_lr <= 1:
             raise ValueError(f"final_lr is a share of the peak rate, from 0 to 1; got {final_lr}")
         # A checkpoint's description of a tokenizer is a factory, like every part of it.

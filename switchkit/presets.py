@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 
+from switchkit.checks import at_least
 from switchkit.cli.errors import near
 from switchkit.cli.normalise import target_of
 from switchkit.cli.recipes import load_yaml, recipes
@@ -99,8 +100,7 @@ def preset_parts(name: str, *, as_published: bool = False) -> Parts:
 
 def _fit(moe: partial[MoELayer], num_experts: int) -> tuple[partial[MoELayer], dict[str, tuple[Any, Any]]]:
     """`moe` with a router that `num_experts` allow, and what was changed for it: option, old and new value."""
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+    at_least(1, num_experts=num_experts)
     router: partial[Any] = moe.keywords["router"]
     if router.func is GShard and num_experts < 2:
         return partial(moe, router=partial(Switch, init_std=router.keywords.get("init_std"))), {"k": (2, 1)}

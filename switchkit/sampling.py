@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchkit.checks import at_least
+
 __all__ = ["check_sampling", "probabilities", "sample"]
 
 
@@ -20,8 +22,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number >= 0 (0: the likeliest token); got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got {top_k}")
+    if top_k is not None:
+        at_least(1, top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
 

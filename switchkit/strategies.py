@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from switchkit import checkpoints
+from switchkit.checks import at_least, finite_above
 from switchkit.optim import why_whole
 from switchkit.parallel.failure import watch
 from switchkit.parallel.mesh import Layout, Meshes, layout
@@ -82,12 +83,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compile: bool = False,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        for name, size in (("expert_parallel_size", expert_parallel_size),
-                           ("data_parallel_replicate", data_parallel_replicate)):  # fmt: skip
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}")
-        if not 0 < timeout_seconds < float("inf"):
-            raise ValueError(f"timeout_seconds must be a finite number > 0; got {timeout_seconds}")
+        at_least(1, expert_parallel_size=expert_parallel_size, data_parallel_replicate=data_parallel_replicate)
+        finite_above(0, timeout_seconds=timeout_seconds)
         super().__init__(timeout=timedelta(seconds=max(timeout_seconds, START)))
         self.timeout_seconds = timeout_seconds
         self.expert_parallel_size = expert_parallel_size

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from switchkit.attention import Attention
+from switchkit.checks import one_of
 from switchkit.counts import products
 from switchkit.layers import MoELayer, moe_layers
 from switchkit.models import Decoder, EncoderDecoder
@@ -53,8 +54,7 @@ def dense_spec(
         ValueError: a model that is dense already, no `Decoder` or `EncoderDecoder`, or one without such a twin: the
             cost of a token is not known beforehand, or is more than what attention can hold; another word for `match`.
     """
-    if match not in ("flops", "params"):
-        raise ValueError(f"match must be 'flops' or 'params'; got {match!r}")
+    one_of("match", match, ("flops", "params"))
     net = net_of(spec, vocab_size)
     if not isinstance(net, (Decoder, EncoderDecoder)):
         raise ValueError(f"a dense twin is made of a Decoder or an EncoderDecoder; this is a {type(net).__name__}")

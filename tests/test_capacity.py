@@ -301,8 +301,11 @@ def test_the_training_factor_may_be_set() -> None:
         (lambda: Factor(rounding="up"), "rounding must be 'ceil', 'floor' or 'round'; got 'up'"),
         (lambda: Factor(minimum=0), "minimum must be at least 1; got 0"),
         (lambda: Factor(multiple=-8), "multiple must be at least 1; got -8"),
-        (lambda: Factor(order="best"), "order must be one of arrival, first_choices, probability, random; got 'best'"),
-        (lambda: Fixed(order=None), "order must be one of arrival, first_choices, probability, random; got None"),
+        (
+            lambda: Factor(order="best"),
+            "order must be 'arrival', 'first_choices', 'probability' or 'random'; got 'best'",
+        ),
+        (lambda: Fixed(order=None), "order must be 'arrival', 'first_choices', 'probability' or 'random'; got None"),
         (lambda: NoTokenLeftBehind(rounds=0), "rounds must be at least 1; got 0"),
         (lambda: Factor(1e30), "factor train must be at most 2147483647; got 1e+30"),
         (lambda: Factor(multiple=2**40), f"multiple must be at most 2147483647; got {2**40}"),

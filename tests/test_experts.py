@@ -326,7 +326,7 @@ def test_always_and_mix_do_nothing_unless_told() -> None:
         (lambda: GatedMlp(6, 5, 0), "num_experts must be at least 1; got 0"),
         (
             lambda: Mlp(6, 5, 4, activation="tanh"),
-            "activation must be one of relu, gelu, gelu_tanh, quick_gelu, silu; got 'tanh'",
+            "activation must be 'relu', 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'; got 'tanh'",
         ),
         (lambda: GatedMlp(6, 5, 4, dropout=1.0), "dropout must be in [0, 1); got 1.0"),
         (lambda: Mlp(6, 5, 4, dropout=-0.1), "got -0.1"),

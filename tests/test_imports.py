@@ -16,7 +16,7 @@ import pytest
 from shapes import PACKAGE
 
 ROWS = [
-    ["records", "registry", "kernels"],
+    ["records", "registry", "checks", "kernels"],
     ["routing", "capacity", "experts", "losses", "dispatch", "stats"],
     ["parallel"],
     ["layers", "attention", "blocks"],

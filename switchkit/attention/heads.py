@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchkit.attention.positions import turned, turns
 from switchkit.attention.scores import KeyValues, attend, attend_after
+from switchkit.checks import at_least, one_of
 from switchkit.experts.base import init_linear
 from switchkit.layers import MoELayer
 from switchkit.records import Routing
@@ -77,8 +78,7 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads={kv} does not divide num_heads={num_heads}: choose a divisor of it")
         if rotary and width % 2:
             raise ValueError(f"rotary positions need heads of even width; got {width}")
-        if qk_norm not in (None, "head", "whole"):
-            raise ValueError(f"qk_norm must be null, 'head' or 'whole'; got {qk_norm!r}")
+        one_of("qk_norm", qk_norm, (None, "head", "whole"))
         if projection is not None and (kv != num_heads or num_heads * width != d_model or bias):
             raise ValueError(
                 "sparse projections of attention have d_model outputs each and no bias: "
@@ -189,12 +189,10 @@ class CrossAttention(nn.Module):
 
 
 def _head_width(d_model: int, num_heads: int, head_width: int | None) -> int:
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1; got {num_heads}")
+    at_least(1, num_heads=num_heads)
     if head_width is None:
         if d_model % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}: choose a divisor of it")
         return d_model // num_heads
-    if head_width < 1:
-        raise ValueError(f"head_width must be at least 1; got {head_width}")
+    at_least(1, head_width=head_width)
     return head_width

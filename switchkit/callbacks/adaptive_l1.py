@@ -8,6 +8,7 @@ import lightning as L
 from jaxtyping import Int
 from torch import Tensor
 
+from switchkit.checks import at_least, finite_above
 from switchkit.losses.base import Loss
 from switchkit.module import LanguageModule
 from switchkit.registry import name_of
@@ -36,10 +37,8 @@ class AdaptiveL1(StepCallback):
     """
 
     def __init__(self, k: int, factor: float = 1.2, loss: str = "l1") -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1; got {k}")
-        if not 1 < factor < float("inf"):
-            raise ValueError(f"factor must be a finite number > 1; got {factor}")
+        at_least(1, k=k)
+        finite_above(1, factor=factor)
         self.k, self.factor, self.loss = k, factor, loss
         self._weight: float | None = None
 

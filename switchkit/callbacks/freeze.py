@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
+from switchkit.checks import at_least
 from switchkit.routing.base import Router
 
 __all__ = ["FreezeRouter"]
@@ -36,8 +37,7 @@ class FreezeRouter(L.Callback):
     needs_sparse_layers = True
 
     def __init__(self, after: int = 0, until: int | None = None) -> None:
-        if after < 0:
-            raise ValueError(f"after must be at least 0; got {after}")
+        at_least(0, after=after)
         if until is not None and until <= after:
             raise ValueError(f"until must be above after={after}, or null to freeze to the end; got {until}")
         self.after, self.until = after, until

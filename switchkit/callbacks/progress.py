@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
+from switchkit.checks import at_least
 from switchkit.metrics.routing import RoutingMetrics, imbalance_of
 from switchkit.optim import last_step
 
@@ -42,8 +43,7 @@ class TrainingBar(ProgressBar):
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__()
-        if refresh_rate < 1:
-            raise ValueError(f"refresh_rate must be at least 1; got {refresh_rate}")
+        at_least(1, refresh_rate=refresh_rate)
         self.refresh_rate = refresh_rate
         self._console = Console(emoji=False)
         self._bar: Progress | None = None

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchkit.checks import finite_above
 from switchkit.layers import moe_layers
 from switchkit.module import LanguageModule
 from switchkit.step_callback import StepCallback
@@ -44,8 +45,7 @@ class UpdateRouterBias(StepCallback):
     """
 
     def __init__(self, rate: float = 1e-3, freeze_step: int | None = None, center: bool = False) -> None:
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"rate must be a finite number > 0; got {rate}")
+        finite_above(0, rate=rate)
         if freeze_step is not None and freeze_step < 0:
             raise ValueError(f"freeze_step must be at least 0, or null for never; got {freeze_step}")
         self.rate, self.freeze_step, self.center = rate, freeze_step, center

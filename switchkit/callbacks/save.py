@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchkit.checkpoints import callback_state, settling_later
+from switchkit.checks import at_least
 from switchkit.optim import last_step
 from switchkit.step import NonFiniteError
 
@@ -42,8 +43,7 @@ class SaveLast(Checkpoint):
     best_model_path = ""  # Lightning asks the first of its kind for ``ckpt_path="best"``
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1; got {every_n_steps}")
+        at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.path: Path | None = None
         self._saved_at = -1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning as L
 
 from switchkit.capacity.policies import Factor
+from switchkit.checks import at_least, finite_above, from_0_below_1
 from switchkit.layers import moe_layers
 from switchkit.models.base import causal_layers
 from switchkit.routing.base import Router
@@ -49,10 +49,11 @@ class CapacitySchedule(L.Callback):
     needs_sparse_layers = True
 
     def __init__(self, start: float, end: float | None, steps: int, begin: int = 0) -> None:
-        for name, factor in (("start", start), ("end", end)):
-            if factor is not None and not 0 < factor < math.inf:
-                raise ValueError(f"{name} must be a capacity factor, a finite number > 0; got {factor}")
-        _check_steps(steps, begin)
+        finite_above(0, start=start)
+        if end is not None:
+            finite_above(0, end=end)
+        at_least(1, steps=steps)
+        at_least(0, begin=begin)
         self.start, self.end, self.steps, self.begin = start, end, steps, begin
 
     def factor(self, step: int) -> float | None:
@@ -114,10 +115,9 @@ class JitterSchedule(L.Callback):
     needs_sparse_layers = True
 
     def __init__(self, start: float, end: float, steps: int, begin: int = 0) -> None:
-        for name, jitter in (("start", start), ("end", end)):
-            if not 0 <= jitter < 1:
-                raise ValueError(f"{name} must be a jitter in [0, 1); got {jitter}")
-        _check_steps(steps, begin)
+        from_0_below_1(start=start, end=end)
+        at_least(1, steps=steps)
+        at_least(0, begin=begin)
         self.start, self.end, self.steps, self.begin = start, end, steps, begin
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -137,10 +137,3 @@ class JitterSchedule(L.Callback):
 
 def _jittery(module: L.LightningModule) -> list[Router]:
     return [part for part in module.modules() if isinstance(part, Router) and hasattr(part, "jitter")]
-
-
-def _check_steps(steps: int, begin: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    if begin < 0:
-        raise ValueError(f"begin must be at least 0; got {begin}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from torchmetrics.functional.text import sacre_bleu_score
 
+from switchkit.checks import at_least
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.generation import generate
 from switchkit.module import LanguageModule
@@ -68,12 +69,12 @@ class Translations(L.Callback):
         num_beams: int = 1,
         samples: int = 3,
     ) -> None:
-        least = {"pairs": 1, "test_pairs": 1, "max_new_tokens": 1, "num_beams": 1, "samples": 0}
+        at_least(1, pairs=pairs, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        if test_pairs is not None:
+            at_least(1, test_pairs=test_pairs)
+        at_least(0, samples=samples)
         self.pairs, self.test_pairs = pairs, test_pairs
         self.max_new_tokens, self.num_beams, self.samples = max_new_tokens, num_beams, samples
-        for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}; got {value}")
         self.found: list[Translation] = []
         """Of the last evaluation."""
         self._printed: list[Translation] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
@@ -17,8 +16,6 @@ __all__ = [
     "CapacityFactory",
     "CapacityPolicy",
     "Order",
-    "check_order",
-    "check_whole",
     "place",
     "place_by_arrival",
     "placed_by",
@@ -31,7 +28,6 @@ FEW = 2**14
 """Assignments times experts up to which counting beats sorting, on a CPU, by its fewer operations."""
 MANY = 2**16
 """Assignments of a group up to which a kernel counts on a GPU; more are sorted: each of its programs walks all."""
-ORDERS = ("arrival", "first_choices", "probability", "random")
 
 
 class CapacityPolicy:
@@ -171,19 +167,6 @@ def renormalize(routing: Routing) -> Routing:
     assert routing.kept is not None
     given = routing.weight if routing.given is None else routing.given
     return replace(routing, weight=normalized(routing, routing.weight, routing.kept), given=given)
-
-
-def check_order(order: Order) -> Order:
-    """`order`, or a ValueError that says what would do."""
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-    return order
-
-
-def check_whole(name: str, value: object) -> None:
-    """A ValueError where `value` is no integer: torch would refuse it in the first step, or not at all."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be an integer; got {value!r}")
 
 
 def unfair(order: Order, k: int) -> str | None:

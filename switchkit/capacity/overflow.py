@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from switchkit.capacity.base import check_whole, place_by_arrival
+from switchkit.capacity.base import place_by_arrival
 from switchkit.capacity.policies import Factor, Rounding
+from switchkit.checks import at_least, whole
 from switchkit.records import Routing, experts_of
 from switchkit.registry import register
 
@@ -46,9 +47,8 @@ class NoTokenLeftBehind(Factor):
         multiple: int = 1,
     ) -> None:
         super().__init__(train, eval, rounding=rounding, minimum=minimum, multiple=multiple)
-        check_whole("rounds", rounds)
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {rounds}")
+        whole("rounds", rounds)
+        at_least(1, rounds=rounds)
         self.rounds = rounds
 
     def leaks(self, k: int) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
-from switchkit.capacity.base import CapacityPolicy, Order, check_order, check_whole, unfair
+from switchkit.capacity.base import CapacityPolicy, Order, unfair
+from switchkit.checks import at_least, one_of, whole
 from switchkit.registry import register
 
 __all__ = ["Dropless", "Factor", "Fixed", "Rounding"]
@@ -50,13 +51,12 @@ class Factor(CapacityPolicy):
         order: Order = "arrival",
     ) -> None:
         self.train, self.eval = train, eval
-        self.rounding, self.minimum, self.multiple, self.order = rounding, minimum, multiple, check_order(order)
-        if rounding not in ("ceil", "floor", "round"):
-            raise ValueError(f"rounding must be 'ceil', 'floor' or 'round'; got {rounding!r}")
+        self.rounding, self.minimum, self.multiple, self.order = rounding, minimum, multiple, order
+        one_of("order", order, get_args(Order))
+        one_of("rounding", rounding, get_args(Rounding))
         for name, value in (("minimum", minimum), ("multiple", multiple)):
-            check_whole(name, value)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            whole(name, value)
+            at_least(1, **{name: value})
             _check_most(name, value)
 
     @property
@@ -115,11 +115,12 @@ class Fixed(CapacityPolicy):
     def __init__(self, train: int | None = 64, eval: int | None = None, *, order: Order = "arrival") -> None:
         for name, value in (("train", train), ("eval", eval)):
             if value is not None:
-                check_whole(f"{name} capacity", value)
+                whole(f"{name} capacity", value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} capacity must be at least 1, or null for dropless; got {value}")
             _check_most(f"{name} capacity", value or 0)
-        self.train, self.eval, self.order = train, eval, check_order(order)
+        one_of("order", order, get_args(Order))
+        self.train, self.eval, self.order = train, eval, order
 
     def leaks(self, k: int) -> str | None:
         return None if self.train is None and self.eval is None else unfair(self.order, k)

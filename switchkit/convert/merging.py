@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchkit.checks import one_of
 from switchkit.convert.measuring import Measured
 from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.experts.shared import Shared
@@ -19,7 +20,6 @@ from switchkit.module import LanguageModule
 __all__ = [
     "How",
     "align",
-    "check_how",
     "expert_of",
     "feed_forward_of",
     "feed_forwards_of",
@@ -111,7 +111,7 @@ def expert_of(
         ValueError: another word for `how`, a usage that is missing, negative, zero everywhere or of another length.
         ImportError: "aligned" without SciPy.
     """
-    check_how(how)
+    one_of("how", how, get_args(How))
     count = len(experts["w1"])
     share = _share(how, usage, count).to(experts["w1"].device)
     if how == "aligned":
@@ -169,16 +169,6 @@ def feed_forwards_of(module: LanguageModule, measured: Measured, how: How) -> di
     return {
         use.layer: feed_forward_of(layers[use.layer], how, usage=use.load, gate=use.gate) for use in measured.layers
     }
-
-
-def check_how(how: str) -> None:
-    """Refuses a word that `expert_of` does not know.
-
-    Raises:
-        ValueError: names those that it knows.
-    """
-    if how not in get_args(How):
-        raise ValueError(f"how must be one of {', '.join(get_args(How))}; got {how!r}")
 
 
 def _share(how: How, usage: Tensor | None, count: int) -> Float[Tensor, "E"]:

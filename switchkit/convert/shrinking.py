@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchkit.checks import one_of
 from switchkit.convert.measuring import ExpertUse, Measured
-from switchkit.convert.merging import How, check_how, expert_of, stack_for_dense, stack_of
+from switchkit.convert.merging import How, expert_of, stack_for_dense, stack_of
 from switchkit.convert.rebuilding import net_arguments, rebuilt
 from switchkit.experts.shared import Shared
 from switchkit.layers import FeedForward, MoELayer, moe_layers
@@ -43,8 +44,7 @@ def prune(module: LanguageModule, keep: int, measured: Measured, *, by: By = "we
     Raises:
         ValueError: `keep` out of range, another word for `by`, a router or experts that no expert can be taken out of.
     """
-    if by not in get_args(By):
-        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
+    one_of("by", by, get_args(By))
 
     def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         stays = torch.tensor(kept_experts(use, keep, by, groups=_groups(layer)[0]))
@@ -99,7 +99,7 @@ def merge(module: LanguageModule, num_experts: int, measured: Measured, *, how: 
     Source: arXiv 2310.01334 (MC-SMoE), section 3.1, which keeps the old router and sends a group to its one expert.
     """
 
-    check_how(how)
+    one_of("how", how, get_args(How))
 
     def chosen(layer: MoELayer, use: ExpertUse) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         group = groups_of(use.alike, use.load, num_experts, _groups(layer)[0])

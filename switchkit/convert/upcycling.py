@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from switchkit.capacity.policies import Dropless, Factor
+from switchkit.checks import at_least
 from switchkit.convert.rebuilding import net_arguments, rebuilt
 from switchkit.experts.feed_forward import GatedMlp, Mlp
 from switchkit.layers import FeedForward, MoELayer, moe_layers
@@ -138,11 +139,8 @@ def _checked(
         part = module.net.get_submodule(name)
         if type(part) is not FeedForward:
             raise ValueError(f"{name} is a {type(part).__name__}, which experts cannot express; only FeedForward is")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1; got {num_experts}")
-    # Whether it divides the width of each layer that becomes sparse, `MoELayer` checks.
-    if granularity < 1:
-        raise ValueError(f"granularity must be at least 1; got {granularity}")
+    # Whether the granularity divides the width of each layer that becomes sparse, `MoELayer` checks.
+    at_least(1, num_experts=num_experts, granularity=granularity)
     if not 1 <= k <= num_experts * granularity:
         raise ValueError(f"k={k} choices of a token are impossible: k must be from 1 to {num_experts * granularity}")
     if k % granularity:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from switchkit.checks import at_least, finite_above, one_of
 from switchkit.data.base import ResumableData
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.agreement import FAMILIES, check_stored, check_vocabulary, family, short_path, twin_of
@@ -100,12 +101,9 @@ class DistillModule(LanguageModule):
             raise ValueError("a student needs a teacher: teacher=, the path of a checkpoint or a LanguageModule")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is the teacher's share of the loss, from 0 to 1; got {alpha}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
-        if init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}; got {init!r}")
-        if init_batches < 1:
-            raise ValueError(f"init_batches must be at least 1; got {init_batches}")
+        finite_above(0, temperature=temperature)
+        one_of("init", init, get_args(Init))
+        at_least(1, init_batches=init_batches)
         asked: Teacher | StoredTeacher
         if isinstance(teacher, (str, Path)) and is_stored(teacher):
             asked = StoredTeacher(teacher)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchkit.checks import finite_above, one_of
 from switchkit.data.base import ResumableData
 from switchkit.data.shard_index import dtype_for
 from switchkit.data.shard_writer import new_folder
@@ -62,10 +63,8 @@ def store(
     """
     if not 1 <= k <= teacher.vocab_size:
         raise ValueError(f"k must be from 1 to {teacher.vocab_size}, the symbols of the vocabulary; got {k}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype must be 'float16' or 'float32'; got {dtype!r}")
+    finite_above(0, temperature=temperature)
+    one_of("dtype", dtype, ("float16", "float32"))
     if (why := uncacheable(teacher.net)) is not None:
         raise ValueError(f"this teacher's words on an example depend on what is beside it ({why}): distil from it live")
     if not hasattr(data, "examples"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchkit import checkpoints
 from switchkit.capacity.policies import Dropless
+from switchkit.checks import one_of
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.student import outside
 from switchkit.layers import moe_layers
@@ -103,8 +104,7 @@ def open_teacher(
     Raises:
         ValueError: see `checkpoints.read`; a module that is no LanguageModule.
     """
-    if precision not in (None, "bf16"):
-        raise ValueError(f"teacher_precision must be null or 'bf16'; got {precision!r}")
+    one_of("teacher_precision", precision, (None, "bf16"))
     if isinstance(given, LanguageModule):
         about = {"path": None, "step": 0, "sha256": fingerprint(given)}
         # All but the Trainer that it may still know.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import at_least, finite_above, from_0_below_1, one_of
 from switchkit.records import Rows
 
 __all__ = ["ACTIVATIONS", "Activation", "Experts", "ExpertsFactory", "check", "expert_of_row", "init_linear"]
@@ -45,9 +46,7 @@ class Experts(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
         super().__init__()
-        for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        at_least(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
@@ -77,11 +76,8 @@ class ExpertsFactory(Protocol):
 
 def check(activation: Activation, dropout: float) -> tuple[Activation, float]:
     """The two options that feed-forward experts share, or a ValueError that says what would do."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
-    return activation, dropout
+    from_0_below_1(dropout=dropout)
+    return one_of("activation", activation, ACTIVATIONS), dropout
 
 
 def expert_of_row(rows: Rows) -> Int[Tensor, "*layout"]:
@@ -102,7 +98,6 @@ def init_linear(weight: Tensor, fan_in: int, scale: float = 0.1) -> None:
     Raises:
         ValueError: a scale that is not a finite number above 0.
     """
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"init_scale must be a finite number > 0; got {scale}")
+    finite_above(0, init_scale=scale)
     std = math.sqrt(scale / fan_in)
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

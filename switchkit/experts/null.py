@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchkit.checks import at_least
 from switchkit.experts.base import Experts, ExpertsFactory, expert_of_row, init_linear
 from switchkit.experts.feed_forward import Mlp
 from switchkit.records import Rows
@@ -59,9 +60,7 @@ class Null(Experts):
         self.copy = (0 if few else 1) if copy is None else copy
         self.constant = constant
         kinds = {"zero": self.zero, "copy": self.copy, "constant": self.constant}
-        for name, value in kinds.items():
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0; got {value}")
+        at_least(0, **kinds)
         self.full = num_experts - sum(kinds.values())
         if self.full < 1:
             raise ValueError(

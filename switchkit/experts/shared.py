@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchkit.checks import one_of
 from switchkit.experts.base import Experts, ExpertsFactory, init_linear
 from switchkit.experts.feed_forward import GatedMlp
 from switchkit.records import Rows
@@ -59,8 +60,7 @@ class Shared(Experts):
         for name, value in (("num_shared", num_shared), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}. Take the routed experts alone instead")
-        if mix not in ("sum", "gate", "learned"):
-            raise ValueError(f"mix must be 'sum', 'gate' or 'learned'; got {mix!r}")
+        one_of("mix", mix, ("sum", "gate", "learned"))
         make = experts or GatedMlp
         self.routed = make(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.shared = make(d_model=d_model, d_ff=num_shared * width, num_experts=1)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import at_least
 from switchkit.generation.ends import ends_of, is_end
 from switchkit.generation.window import Window
 from switchkit.sampling import check_sampling, sample
@@ -94,8 +95,7 @@ def steps(
 
 def check_count(count: int) -> None:
     """A ValueError for fewer than no tokens."""
-    if count < 0:
-        raise ValueError(f"max_new_tokens must be at least 0; got {count}")
+    at_least(0, max_new_tokens=count)
 
 
 def _steps(

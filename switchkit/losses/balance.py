@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchkit.losses.base import Loss, by_stack, check_stacks, one_of, over_layers
+from switchkit.checks import one_of
+from switchkit.losses.base import Loss, by_stack, check_stacks, over_layers
 from switchkit.records import Routing, count_choices, count_tokens, sum_probs, target_k
 from switchkit.registry import register
 

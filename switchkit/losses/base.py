@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from switchkit.checks import one_of
 from switchkit.records import Routing, load
 from switchkit.registry import name_of
 
-__all__ = ["Loss", "LossFactory", "alone", "built", "by_stack", "check_stacks", "names_of", "one_of", "over_layers"]
+__all__ = ["Loss", "LossFactory", "alone", "built", "by_stack", "check_stacks", "names_of", "over_layers"]
 
-Word = TypeVar("Word", bound=str)
 Item = TypeVar("Item")
 
 
@@ -99,14 +99,6 @@ def names_of(losses: Sequence[Loss]) -> list[str]:
     return [name if count == 0 else f"{name}_{count + 1}" for name, count in zip(names, before, strict=True)]
 
 
-def one_of(name: str, value: Word, accepted: tuple[str, ...]) -> Word:
-    """`value`, or a ValueError that says which words the option `name` accepts."""
-    if value not in accepted:
-        *most, last = (repr(word) for word in accepted)
-        raise ValueError(f"{name} must be {', '.join(most)} or {last}; got {value!r}")
-    return value
-
-
 def by_stack(routings: Sequence[Item], stacks: Sequence[int]) -> list[Sequence[Item]]:
     """The records of each stack of a model, in order: so many layers each.
 
@@ -131,8 +123,7 @@ def over_layers(terms: Sequence[Float[Tensor, ""]], how: str) -> Float[Tensor, "
 
     Never pooled before the product: two collapsed layers would cancel each other.
     """
-    if how not in ("mean", "sum"):
-        raise ValueError(f"layers are combined by 'mean' or 'sum'; got {how!r}")
+    one_of("layers", how, ("mean", "sum"))
     if not terms:
         return torch.zeros(())
     total = torch.stack(tuple(terms))

@@ -8,8 +8,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from switchkit.checks import one_of
 from switchkit.losses.balance import evenness
-from switchkit.losses.base import Loss, one_of, over_layers
+from switchkit.losses.base import Loss, over_layers
 from switchkit.records import Routing, count_choices, count_sent, count_tokens, sum_probs
 from switchkit.registry import register
 

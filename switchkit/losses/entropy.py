@@ -9,7 +9,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.losses.base import Loss, one_of, over_layers
+from switchkit.checks import one_of
+from switchkit.losses.base import Loss, over_layers
 from switchkit.records import Routing, count_tokens, entropy, mean_entropy, mean_probs
 from switchkit.registry import register
 

@@ -8,7 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.losses.base import Loss, one_of, over_layers
+from switchkit.checks import one_of
+from switchkit.losses.base import Loss, over_layers
 from switchkit.records import Routing, count_choices, count_tokens, sum_weights, target_k
 from switchkit.registry import register
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from switchkit.checks import one_of
 from switchkit.kernels.precision import full_precision
-from switchkit.losses.base import Loss, one_of, over_layers
+from switchkit.losses.base import Loss, over_layers
 from switchkit.records import Routing, count_tokens
 from switchkit.registry import register
 

@@ -8,7 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.losses.base import Loss, by_stack, check_stacks, one_of, over_layers
+from switchkit.checks import one_of
+from switchkit.losses.base import Loss, by_stack, check_stacks, over_layers
 from switchkit.records import Routing, mean_square_logsumexp
 from switchkit.registry import register
 

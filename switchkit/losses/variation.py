@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from switchkit.losses.base import Loss, one_of, over_layers
+from switchkit.checks import one_of
+from switchkit.losses.base import Loss, over_layers
 from switchkit.records import Routing, sum_probs, sum_weights
 from switchkit.registry import register
 

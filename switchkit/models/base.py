@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchkit.blocks import Past
+from switchkit.checks import at_least
 from switchkit.layers import FeedForwardFactory, MoEFactory, MoELayer, moe_layers
 from switchkit.records import Routing
 
@@ -22,7 +23,6 @@ __all__ = [
     "NetFactory",
     "Output",
     "check_cache",
-    "check_sizes",
     "causal_layers",
     "dense_layer",
     "evaluating",
@@ -123,17 +123,6 @@ def sparse_layers(placement: str | Sequence[int], num_layers: int) -> tuple[int,
     return tuple(sorted(set(placement)))
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuses a size below 1; null passes.
-
-    Raises:
-        ValueError: names the first one.
-    """
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-
-
 def dense_layer(build: FeedForwardFactory, d_model: int, d_ff: int, dropout: float) -> nn.Module:
     """A dense layer with the model's dropout, unless `build` was given one."""
     given = build.keywords if isinstance(build, partial) else {}
@@ -149,7 +138,7 @@ def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff")
     widths = (d_ff,) * num_layers if isinstance(d_ff, int) else tuple(d_ff)
     if len(widths) != num_layers:
         raise ValueError(f"{name} lists {len(widths)} widths for {num_layers} layers: give one for each, or a number")
-    check_sizes(**{name: min(widths, default=1)})
+    at_least(1, **{name: min(widths, default=1)})
     return widths
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from switchkit.attention import Attention, AttentionFactory, LatentAttention, visible
 from switchkit.blocks import Block, Norm, make_norm
+from switchkit.checks import at_least, from_0_below_1, one_of
 from switchkit.experts.linear import Linear
 from switchkit.layers import FeedForward, FeedForwardFactory, MoEFactory, MoELayer
 from switchkit.models.base import (
     Cache,
     Output,
     check_cache,
-    check_sizes,
     dense_layer,
     layer_widths,
     leak,
@@ -92,12 +92,11 @@ class Decoder(nn.Module):
         allow_leak: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=num_heads)
-        check_sizes(context=context, expert_d_ff=expert_d_ff)
-        if positions not in ("rotary", "learned"):
-            raise ValueError(f"positions must be 'rotary' or 'learned'; got {positions!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        at_least(1, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=num_heads, context=context)
+        if expert_d_ff is not None:
+            at_least(1, expert_d_ff=expert_d_ff)
+        one_of("positions", positions, ("rotary", "learned"))
+        from_0_below_1(dropout=dropout)
         self.vocab_size, self.d_model, self.context, self.num_experts = vocab_size, d_model, context, num_experts
         self.dense: FeedForwardFactory = feed_forward or FeedForward
         self.d_ff = layer_widths(d_ff, num_layers)

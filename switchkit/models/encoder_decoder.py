@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from switchkit.attention import Attention, CrossAttention, RelativeBias, visible
 from switchkit.blocks import Block, make_norm
+from switchkit.checks import at_least, finite_above, from_0_below_1
 from switchkit.experts.base import init_linear
 from switchkit.layers import FeedForward, FeedForwardFactory, MoEFactory, MoELayer
 from switchkit.models.base import (
     Cache,
     Output,
     check_cache,
-    check_sizes,
     dense_layer,
     layer_widths,
     leak,
@@ -164,15 +164,16 @@ class EncoderDecoder(nn.Module):
         allow_leak: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, d_model=d_model, encoder_layers=encoder_layers)
-        check_sizes(decoder_layers=decoder_layers, num_heads=num_heads, expert_d_ff=expert_d_ff)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
-        if embedding_std is not None and not 0 < embedding_std < float("inf"):
-            raise ValueError(f"embedding_std must be a finite number > 0; got {embedding_std}")
+        below = encoder_layers if decoder_layers is None else decoder_layers
+        at_least(1, vocab_size=vocab_size, d_model=d_model, encoder_layers=encoder_layers, decoder_layers=below)
+        at_least(1, num_heads=num_heads)
+        if expert_d_ff is not None:
+            at_least(1, expert_d_ff=expert_d_ff)
+        from_0_below_1(dropout=dropout)
+        if embedding_std is not None:
+            finite_above(0, embedding_std=embedding_std)
         if not 0 <= start_id < vocab_size:
             raise ValueError(f"start_id must be a token, 0 to {vocab_size - 1}; got {start_id}")
-        below = encoder_layers if decoder_layers is None else decoder_layers
         self.vocab_size, self.d_model, self.num_experts, self.start_id = vocab_size, d_model, num_experts, start_id
         self.dense: FeedForwardFactory = feed_forward or FeedForward
         self.encoder_d_ff = layer_widths(d_ff, encoder_layers)

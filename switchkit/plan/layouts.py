@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from switchkit.checks import at_least
 from switchkit.counts import Counts, buffered, count
 from switchkit.dispatch.einsum import Einsum
 from switchkit.dispatch.padded import Padded
@@ -91,9 +92,7 @@ def plan(
         ValueError: fewer than one machine or device, a model whose activations are not known, an optimizer without a
             known state.
     """
-    for name, value in (("nodes", nodes), ("gpus", gpus), ("batch", work.batch), ("context", work.context)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    at_least(1, nodes=nodes, gpus=gpus, batch=work.batch, context=work.context)
     counter = _Counter(model, optimizer, work, gpu, gpus, headroom)
     world = nodes * gpus
     found, refused = [], []

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import at_least, finite_above, from_0_below_1, one_of
 from switchkit.kernels.precision import full_precision
 from switchkit.records import Routing
 
@@ -49,8 +50,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        at_least(1, num_experts=num_experts)
         self.d_model, self.num_experts = d_model, num_experts
 
     def forward(
@@ -94,16 +94,13 @@ class LinearRouter(Router):
         offset: bool = False,
     ) -> None:
         super().__init__(d_model, num_experts)
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter must be in [0, 1); got {jitter}")
+        from_0_below_1(jitter=jitter)
         if init_std is not None and not (math.isfinite(init_std) and init_std > 0):
             raise ValueError(f"init_std must be a finite number > 0, or null for sqrt(0.1 / d_model); got {init_std}")
-        if not (math.isfinite(init_scale) and init_scale > 0):
-            raise ValueError(f"init_scale must be a finite number > 0; got {init_scale}")
+        finite_above(0, init_scale=init_scale)
         if init_std is not None and init_scale != 0.1:
             raise ValueError(f"init_scale={init_scale} does nothing beside init_std={init_std}: leave one of them out")
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
+        one_of("precision", precision, ("float32", "bfloat16"))
         self.jitter, self.init_std, self.init_scale, self.precision = jitter, init_std, init_scale, precision
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.offset = nn.Parameter(torch.empty(num_experts)) if offset else None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import finite_above
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import Router, check_k, full_precision, softmax, token_choice
@@ -53,8 +54,7 @@ class Cosine(Router):
         self.normalize = check_normalize(normalize, k)
         if width is not None and width < 1:
             raise ValueError(f"width must be at least 1, or null for half of d_model; got {width}")
-        if not (math.isfinite(temperature) and temperature > COLDEST):
-            raise ValueError(f"temperature must be a finite number > {COLDEST}; got {temperature}")
+        finite_above(COLDEST, temperature=temperature)
         self.width = min(max(d_model // 2, 1), 256) if width is None else width
         self.temperature = temperature
         self.projection = nn.Parameter(torch.empty(self.width, d_model))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from switchkit.checks import one_of
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import LinearRouter, softmax, token_choice
@@ -60,8 +61,7 @@ class GShard(LinearRouter):
         super().__init__(d_model, num_experts, jitter=jitter, init_std=init_std)
         if num_experts < 2:
             raise ValueError(f"gshard sends a token to two experts: num_experts must be at least 2; got {num_experts}")
-        if second not in ("all", "threshold", "proportional"):
-            raise ValueError(f"second must be 'all', 'threshold' or 'proportional'; got {second!r}")
+        one_of("second", second, ("all", "threshold", "proportional"))
         if eval_second not in ("all", "threshold"):
             raise ValueError(f"eval_second must be 'all' or 'threshold', which draw nothing; got {eval_second!r}")
         if not 0 <= threshold < 0.5:

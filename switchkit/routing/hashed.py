@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from switchkit.checks import one_of
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import Router, check_k
@@ -60,8 +61,7 @@ class Hash(Router):
     ) -> None:
         super().__init__(d_model, num_experts)
         self.k = check_k(k, num_experts)
-        if table not in ("hash", "balanced"):
-            raise ValueError(f"table must be 'hash' or 'balanced'; got {table!r}")
+        one_of("table", table, ("hash", "balanced"))
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1; got {seed}")
         if table == "hash" and (vocab_size is not None or counts is not None):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import one_of
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import LinearRouter, check_k, full_precision, project, softmax, token_choice
@@ -56,8 +57,7 @@ class NoisyTopK(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts)
         self.k = check_k(k, num_experts)
-        if noise not in ("learned", "gaussian"):
-            raise ValueError(f"noise must be 'learned' or 'gaussian'; got {noise!r}")
+        one_of("noise", noise, ("learned", "gaussian"))
         if noise == "learned" and std is not None:
             raise ValueError(f"std={std} does nothing with learned noise: leave it out, or set noise='gaussian'")
         if std is not None and not (math.isfinite(std) and std > 0):

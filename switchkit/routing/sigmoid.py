@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Self
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from switchkit.checks import finite_above
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import LinearRouter, check_k, softmax, token_choice
@@ -65,8 +65,7 @@ class Sigmoid(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts, jitter=jitter, init_std=init_std)
         self.k = check_k(k, num_experts)
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a finite number > 0; got {scale}")
+        finite_above(0, scale=scale)
         if normalize and k == 1:
             raise ValueError(
                 "normalize=True with k=1 makes every weight the same and leaves the router without a gradient: "

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from switchkit.checks import at_least
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import Router, full_precision
@@ -58,8 +59,7 @@ class Soft(Router):
 
     def __init__(self, d_model: int, num_experts: int, *, slots: int = 1, normalize: bool = True) -> None:
         super().__init__(d_model, num_experts)
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1 for each expert; got {slots}")
+        at_least(1, slots=slots)
         self.slots, self.normalize = slots, normalize
         # Every token reaches every expert.
         self.k = num_experts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from switchkit.checks import finite_above, from_0_below_1, one_of
 from switchkit.records import Routing
 from switchkit.registry import register
 from switchkit.routing.base import LinearRouter, best_expert, check_k, softmax, token_choice
@@ -66,10 +66,8 @@ class Switch(LinearRouter):
             precision=precision,
             offset=offset,
         )
-        if not 0 <= input_dropout < 1:
-            raise ValueError(f"input_dropout must be in [0, 1); got {input_dropout}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number > 0; got {temperature}")
+        from_0_below_1(input_dropout=input_dropout)
+        finite_above(0, temperature=temperature)
         if temperature != 1 and not sample:
             raise ValueError(f"temperature={temperature} does nothing without sample=True: set it, or leave it out")
         self.input_dropout, self.sample, self.temperature = input_dropout, sample, temperature
@@ -133,14 +131,12 @@ class TopK(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts, jitter=jitter, init_std=init_std)
         self.k = check_k(k, num_experts)
-        if softmax not in ("before", "after"):
-            raise ValueError(f"softmax must be 'before' or 'after' the choice; got {softmax!r}")
+        one_of("softmax", softmax, ("before", "after"))
         if softmax == "after" and k == 1:
             raise ValueError(
                 "softmax='after' with k=1 makes every weight 1 and leaves the router without a gradient: use 'before'"
             )
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a finite number > 0; got {scale}")
+        finite_above(0, scale=scale)
         self.softmax, self.normalize, self.scale = softmax, check_normalize(normalize, k), scale
         self.groups, self.top_groups = groups, check_groups(groups, top_groups, k=k, num_experts=num_experts)
 
@@ -172,8 +168,7 @@ class TopK(LinearRouter):
 
 def check_normalize(normalize: Normalize | None, k: int) -> Normalize:
     """When the k weights are divided by their sum; None: "before" the drop for k >= 2, "never" for k = 1."""
-    if normalize not in (None, "before", "after", "never"):
-        raise ValueError(f"normalize must be 'before', 'after', 'never' or None; got {normalize!r}")
+    one_of("normalize", normalize, ("before", "after", "never", None))
     if normalize in ("before", "after") and k == 1:
         raise ValueError(
             f"normalize={normalize!r} with k=1 makes every weight 1 and leaves the router without a gradient: "

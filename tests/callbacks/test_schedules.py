@@ -121,10 +121,10 @@ def test_a_schedule_takes_what_a_model_may_be_built_with() -> None:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: CapacitySchedule(0.0, 1.0, 3), "start must be a capacity factor, a finite number > 0; got 0.0"),
-        (lambda: CapacitySchedule(1.0, float("inf"), 3), "end must be a capacity factor.*got inf"),
+        (lambda: CapacitySchedule(0.0, 1.0, 3), "start must be a finite number > 0; got 0.0"),
+        (lambda: CapacitySchedule(1.0, float("inf"), 3), "end must be a finite number > 0; got inf"),
         (lambda: CapacitySchedule(1.0, None, 0), "steps must be at least 1; got 0"),
-        (lambda: JitterSchedule(0.1, 1.0, 3), r"end must be a jitter in \[0, 1\); got 1.0"),
+        (lambda: JitterSchedule(0.1, 1.0, 3), r"end must be in \[0, 1\); got 1.0"),
         (lambda: JitterSchedule(0.1, 0.0, 3, begin=-1), "begin must be at least 0; got -1"),
     ],
 )

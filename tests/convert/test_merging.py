@@ -195,7 +195,7 @@ def test_bad_usage_is_refused(how: str, usage: list[float] | None, why: str) -> 
 
 
 def test_another_word_is_refused() -> None:
-    with shapes.unchecked(), pytest.raises(ValueError, match="one of mean, usage, most_used, aligned; got 'median'"):
+    with shapes.unchecked(), pytest.raises(ValueError, match="'most_used' or 'aligned'; got 'median'"):
         expert_of(stack_of(Mlp(D, F, E)), "median")
 
 

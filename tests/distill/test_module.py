@@ -408,7 +408,7 @@ def test_the_random_state_is_left_alone_by_a_teacher(taught, tmp_path):
         ({"teacher": 3}, "must be the path of a checkpoint or a LanguageModule; got a int"),
         ({"teacher": "gone.ckpt"}, "there is no checkpoint gone.ckpt"),
         ({"alpha": 1.5}, "alpha is the teacher's share of the loss, from 0 to 1; got 1.5"),
-        ({"temperature": 0.0}, "temperature must be a finite number above 0; got 0.0"),
+        ({"temperature": 0.0}, "temperature must be a finite number > 0; got 0.0"),
         ({"init": "half"}, "init must be"),
         ({"init_batches": 0}, "init_batches must be at least 1; got 0"),
         ({"teacher_precision": "fp8"}, "teacher_precision must be null or 'bf16'; got 'fp8'"),

@@ -95,7 +95,7 @@ def test_the_projection_is_half_as_wide_and_no_wider_than_256() -> None:
         ({"k": 5}, "k=5 choices"),
         ({"width": 0}, "width must be at least 1, or null for half of d_model; got 0"),
         ({"temperature": 0.01}, "temperature must be a finite number > 0.01; got 0.01"),
-        ({"normalize": True}, "normalize must be 'before', 'after', 'never' or None; got True"),
+        ({"normalize": True}, "normalize must be 'before', 'after', 'never' or null; got True"),
         ({"k": 1, "normalize": "before"}, "normalize='before' with k=1 makes every weight 1"),
     ],
 )

@@ -189,5 +189,5 @@ def test_it_starts_with_a_scale_of_one_and_vectors_of_length_one() -> None:
 
 
 def test_slots_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="slots must be at least 1 for each expert; got 0"):
+    with pytest.raises(ValueError, match="slots must be at least 1; got 0"):
         Soft(D, E, slots=0)
