@@ -234,6 +234,10 @@ def test_positions_go_on_where_they_stopped() -> None:
         (lambda: Attention(8, 2, qk_norm="both"), "qk_norm must be null, 'head' or 'whole'; got 'both'"),
         (lambda: LatentAttention(8, 2, kv_rank=4, nope_width=2, rope_width=3, v_width=2), "an even rope_width"),
         (lambda: LatentAttention(8, 2, kv_rank=0, nope_width=2, rope_width=2, v_width=2), "kv_rank must be at least 1"),
+        (
+            lambda: LatentAttention(8, 2, kv_rank=4, nope_width=2, rope_width=2, v_width=2, q_rank=0),
+            "q_rank must be at least 1; got 0",
+        ),
         (lambda: RelativeBias(2, buckets=3), "buckets must be at least 4"),
         (lambda: RelativeBias(2, max_distance=8), "max_distance larger than the exact ones"),
     ],

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from switchkit.attention.positions import turned, turns
 from switchkit.attention.scores import KeyValues, attend_after
+from switchkit.checks import at_least
 from switchkit.experts.base import init_linear
 from switchkit.records import Routing
 
@@ -59,10 +60,9 @@ class LatentAttention(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {"num_heads": num_heads, "kv_rank": kv_rank, "nope_width": nope_width, "v_width": v_width}
-        for name, value in {**sizes, "rope_width": rope_width, "q_rank": q_rank or 1}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        at_least(1, num_heads=num_heads, kv_rank=kv_rank, nope_width=nope_width, v_width=v_width, rope_width=rope_width)
+        if q_rank is not None:
+            at_least(1, q_rank=q_rank)
         if rope_width % 2 or not rotary:
             raise ValueError(
                 f"latent attention needs rotary positions and an even rope_width; got positions "
