@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put", "sync_folder", "write_text", "writes"]
+__all__ = ["appearing", "put", "sync_folder", "write_text", "writes"]
 
 
 @contextmanager
@@ -27,19 +28,30 @@ def writes(path: Path) -> Iterator[None]:
         raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
+@contextmanager
+def appearing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` when all of it is written, and is gone if that fails.
+
+    `shared`: several processes may write it at once, so that each needs a place of its own.
+    """
+    mark = f".{secrets.token_hex(4)}" if shared else ""
+    temporary = path.parent / f".{path.name}{mark}.part"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file of UTF-8 text; what was there stays until all of it is written.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with appearing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def put(temporary: Path, target: Path) -> None:

@@ -6,11 +6,12 @@ import codecs
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from switchkit.files import appearing
 
 __all__ = ["GZIP", "DataError", "FoundFile", "NotAtHand", "PublishedFile", "decoded", "find_published", "sha256_of"]
 
@@ -188,16 +189,10 @@ def _fetch(file: PublishedFile) -> bytes:
 def _write(path: Path, data: bytes) -> None:
     """All of it or nothing, whatever happens meanwhile and however many processes do the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with appearing(path, shared=True) as temporary, temporary.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _mismatch(data: bytes, file: PublishedFile) -> str:

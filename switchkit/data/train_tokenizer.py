@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from switchkit.data.sources import DataError
 from switchkit.data.subwords import EOS, PAD, SENTINEL, FileTokenizer, tokenizers_package
 from switchkit.data.text_files import TextFile
+from switchkit.files import appearing
 
 __all__ = ["save_tokenizer", "train_tokenizer"]
 
@@ -84,17 +84,12 @@ def save_tokenizer(tokenizer: FileTokenizer, out: str | Path) -> None:
         DataError: it cannot be written there.
     """
     target = Path(out).expanduser()
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("x", encoding="utf-8") as stream:
-                stream.write(tokenizer.text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with appearing(target, shared=True) as temporary, temporary.open("x", encoding="utf-8") as stream:
+            stream.write(tokenizer.text)
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError as error:
         raise DataError(f"--out {out} cannot be written: {error.strerror}; name another file") from error
 

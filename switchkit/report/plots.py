@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from switchkit.files import appearing
 
 __all__ = ["can_plot", "plot_curves"]
 
@@ -65,6 +66,5 @@ def plot_curves(
     axes.set_title(title.replace("$", r"\$"), fontsize="medium", wrap=True)  # which would begin a formula
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with appearing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -46,3 +46,19 @@ def test_where_curves_end_is_within_the_picture(drawn: Any) -> None:
     assert low < 1.0 < 3.5 < high
     axes = drawn({"a": [([1], [3.34])], "b": [([1], [3.33])]}, mark=3.34)
     assert axes.get_ylim()[1] > 3.34
+
+
+def test_a_picture_is_whole_or_as_it_was(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def full(figure: Figure, file: Path, **options: Any) -> None:
+        file.write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    drawn({"a": [([1, 2], [2.0, 1.0])]})
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        plot_curves(tmp_path / "a.png", {"a": [([1, 2], [3.0, 1.0])]}, x="x", y="y", title="")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -221,6 +222,17 @@ def test_a_file_appears_in_the_cache_whole_or_not_at_all(
     with pytest.raises(KeyboardInterrupt):
         find_text("tinyshakespeare")
     assert files(cache) == []
+
+
+def test_who_shares_a_cache_may_read_what_is_in_it(cache: Path, serve: Serve) -> None:
+    """As any file that a process writes: by its umask."""
+    serve()
+    before = os.umask(0o027)
+    try:
+        find_text("tinyshakespeare")
+    finally:
+        os.umask(before)
+    assert oct((cache / FILE).stat().st_mode & 0o777) == oct(0o640)
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, cache: Path, serve: Serve) -> None:
