@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["appearing", "put", "sync_folder", "write_text", "writes"]
@@ -30,7 +30,8 @@ def writes(path: Path) -> Iterator[None]:
 
 @contextmanager
 def appearing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` when all of it is written, and is gone if that fails.
+    """Where to write what takes the place of `path` when all of it is written, and is gone if that fails: a file, or a
+    folder where there is none.
 
     `shared`: several processes may write it at once, so that each needs a place of its own.
     """
@@ -40,7 +41,8 @@ def appearing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is told
+            _remove(temporary)
         raise
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 from switchkit.data.shard_index import DTYPES, INDEX, Shard, ShardIndex, dtype_for
 from switchkit.data.sources import DataError
 from switchkit.data.tokenizers import Tokenizer
+from switchkit.files import appearing
 
 __all__ = ["ShardWriter", "new_folder", "refuse_existing"]
 
@@ -30,23 +29,16 @@ def new_folder(out: Path) -> Iterator[Path]:
         DataError: `out` is there already, or cannot be made.
     """
     refuse_existing(out)
-    # Beside it, for a rename works within one disk only; a name of its own for each process.
-    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.part"
+    end = "name another folder"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        with appearing(out, shared=True) as temporary:
+            temporary.mkdir()
+            end = "nothing was left there"
+            yield temporary
+            refuse_existing(out)
     except OSError as error:
-        raise DataError(f"--out {out} cannot be written: {error.strerror}; name another folder") from error
-    try:
-        yield temporary
-        refuse_existing(out)
-        os.rename(temporary, out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise DataError(f"--out {out} cannot be written: {error.strerror or error}; nothing was left there") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise DataError(f"--out {out} cannot be written: {error.strerror or error}; {end}") from error
 
 
 class ShardWriter:

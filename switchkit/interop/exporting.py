@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from switchkit.data.subwords import FileTokenizer
+from switchkit.files import appearing
 from switchkit.interop.config import Config
 from switchkit.interop.families import FAMILIES, Family, family_named
 from switchkit.interop.folder import INDEX, SINGLE
@@ -88,9 +86,8 @@ def export_hf(
     own = {name.removeprefix("net."): tensor for name, tensor in module.state_dict().items()}
     table = list(found.keys(module.net))
     config = _completed(config, found, own, like or _known(module))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
+    with appearing(target, shared=True) as temporary:
+        temporary.mkdir()
         _write_json(temporary / "config.json", config)
         kept = {} if like else generation_of(module.hugging_face)
         _write_json(temporary / "generation_config.json", _generation(config, kept))
@@ -100,10 +97,6 @@ def export_hf(
         _write_tensors(temporary, table, own, shard_size, save_file, read)
         if target.exists():
             target.rmdir()
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return found.name
 
 
@@ -251,13 +244,6 @@ def _places(table: Sequence[Keys]) -> Iterator[tuple[str, Keys, int]]:
 
 def _shard(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors"
-
-
-def _umask() -> int:
-    # There is no way to read it but to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _library() -> Any:
