@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from switchkit.layers import MoELayer
+from switchkit.layers import moe_layers
 from switchkit.models.base import Cache, evaluating
 
 __all__ = ["Window", "pad_left"]
@@ -70,7 +70,9 @@ class Window:
         self.caches = use_cache and getattr(net, "uncacheable", "it keeps no cache") is None
         self.cache: Cache | None = None
         self.cached = 0  # tokens that the cache holds
-        self.apart = not self.caches and any(_meet(part) for part in self._parts)
+        # Whether what becomes of a row depends on the others of its batch.
+        together = (layer for layer in moe_layers(net).values() if layer.group != "sequence")
+        self.apart = not self.caches and any(layer.uncacheable is not None for layer in together)
 
     @property
     def rows(self) -> int:
@@ -134,11 +136,6 @@ def pad_left(prompts: Sequence[Int[Tensor, "_"]], pad_id: int = 0) -> tuple[Int[
     rows = [torch.cat([prompt.new_full((size - len(prompt),), pad_id), prompt]) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     return torch.stack(rows), torch.arange(size, device=lengths.device) >= size - lengths.unsqueeze(1)
-
-
-def _meet(part: nn.Module) -> bool:
-    """Whether in this part what becomes of a sequence depends on the others of its batch."""
-    return isinstance(part, MoELayer) and part.group != "sequence" and part.uncacheable is not None
 
 
 def _row(tokens: Tensor, given: dict[str, Tensor | None], index: int) -> tuple[Tensor, dict[str, Tensor | None]]:
