@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from switchkit.checks import one_of
+
 __all__ = ["Compile"]
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -43,9 +45,7 @@ class Compile(L.Callback):
     def __init__(
         self, mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-        self.mode = mode
+        self.mode = one_of("mode", mode, MODES)
         self._net: nn.Module | None = None
         self._call: Callable[..., Any] | None = None
 
