@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from switchkit import Router, named
-from switchkit.bench import contestants, layer, main, overhead, peers, run, tables, timing
+from switchkit.bench import command, contestants, layer, overhead, peers, run, tables, timing
 from switchkit.bench.growth import growth
 from switchkit.bench.shapes import CPU_SHAPES, Shape, goal, read_shape
 from switchkit.cli import main as program
@@ -49,7 +49,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def figures(*arguments: str, generation: bool = False) -> dict[str, Any]:
     left_out = [] if generation else ["--no-generation"]
-    assert main([*arguments, *left_out, "--rounds", "2", "--json", "found.json"]) == 0
+    assert command.run("bench", [*arguments, *left_out, "--rounds", "2", "--json", "found.json"]) == 0
     return json.loads(Path("found.json").read_text(encoding="utf-8"))
 
 
@@ -93,7 +93,7 @@ def test_json_to_the_output_is_all_that_is_there(capsys: pytest.CaptureFixture[s
         "1",
         "--no-generation",
     ]
-    assert main([*arguments, "--rounds", "1", "--json", "-"]) == 0
+    assert command.run("bench", [*arguments, "--rounds", "1", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found["layers"][0]["rows"]] == ["dense", "sorted"]
     assert found["layers"][0]["dtype"] == "bf16"
@@ -167,7 +167,7 @@ def test_saved_bytes_count_a_storage_once() -> None:
 
 def test_every_router_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shapes", "64,8,16,4,1", "--no-layer", "--no-recipe", "--rounds", "1"]
-    assert main([*arguments, "--no-generation"]) == 0
+    assert command.run("bench", [*arguments, "--no-generation"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in named(Router) if name not in shown] == []
     rows = {row["name"]: row for row in figures(*arguments)["routers"]["rows"]}
@@ -231,7 +231,7 @@ def test_training_steps_under_a_compiler(recipe: str, unchecked: None, capsys: p
 def test_a_dense_recipe_has_no_twin(recipe: str) -> None:
     Path(recipe).write_text(RECIPE.replace("context: 16}", "context: 16, sparse: []}", 1), encoding="utf-8")
     with pytest.raises(UserError, match="this model is dense"):
-        main(["--no-layer", "--no-routers", "--recipe", recipe])
+        command.run("bench", ["--no-layer", "--no-routers", "--recipe", recipe])
 
 
 def test_the_packaged_twin_is_found() -> None:
@@ -469,7 +469,7 @@ def test_a_layer_that_the_memory_does_not_hold(capsys: pytest.CaptureFixture[str
 def test_peers_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'switchkit\[hf\]'"):
-        main(["--peers", "--no-recipe"])
+        command.run("bench", ["--peers", "--no-recipe"])
 
 
 def test_shapes_read_as_they_are_written() -> None:

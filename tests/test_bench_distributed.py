@@ -19,7 +19,7 @@ from test_bench import RECIPE
 from torch import nn
 
 from switchkit import Null, TopK
-from switchkit.bench import distributed, main
+from switchkit.bench import command, distributed
 from switchkit.bench import run as bench_run
 from switchkit.bench.traffic import Traffic, covered, under_way
 from switchkit.cli import main as program
@@ -43,7 +43,10 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_same_step_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     """Each way to share out the work finds the gradient of one process, and sends what its layout has to send."""
-    assert main(["--distributed", "2", "--recipe", "small.yaml", "--rounds", "2", "--json", "found.json"]) == 0
+    assert (
+        command.run("bench", ["--distributed", "2", "--recipe", "small.yaml", "--rounds", "2", "--json", "found.json"])
+        == 0
+    )
     found = json.loads(Path("found.json").read_text("utf-8"))
     assert found["layers"] == []
     assert found["recipe"] is None

@@ -7,6 +7,7 @@ import builtins
 import dis
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +160,32 @@ def test_an_unknown_name_is_found() -> None:
 )
 def test_a_wrong_import_is_found(place: str, line: str) -> None:
     assert wrong(place, imports_of(line, ("switchkit", place)))
+
+
+def ring(*more: tuple[str, str]) -> list[str]:
+    """Programs, those of the last row, that import one another in a ring; `more`: imports beside those of the files."""
+    graph: dict[str, set[str]] = {name: set() for name in ROWS[-1]}
+    found = [(place_of(path), name.removeprefix("switchkit.")) for path in FILES for name in imports(path)]
+    for place, name in [*found, *more]:
+        target = name.partition(".")[0]
+        if place in graph and target in graph and target != place:
+            graph[place].add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_programs_form_no_ring() -> None:
+    """They may import one another, one way: who is read first depends on no one who is read later."""
+    assert ring() == []
+
+
+@pytest.mark.parametrize("target", ["compare.command", "bench.options", "presets"])
+def test_a_ring_is_found(target: str) -> None:
+    """The command line knows by name alone what builds on it."""
+    assert set(ring(("cli", target))) == {"cli", target.partition(".")[0]}
 
 
 def python(code: str) -> str:

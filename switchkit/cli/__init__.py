@@ -17,30 +17,30 @@ from switchkit.cli.errors import UserError, exit_code, near, one_line
 
 __all__ = ["COMMANDS", "UserError", "main"]
 
-# Command -> (module of this package, help). `run(command, argv)` of the module returns the exit code.
+# Command -> (module of switchkit, help). `run(command, argv)` of the module returns the exit code.
 COMMANDS = {
-    "fit": ("lightning", "train a model by a recipe"),
-    "validate": ("lightning", "compute the validation loss of a checkpoint"),
-    "test": ("lightning", "compute the test loss of a checkpoint"),
-    "predict": ("lightning", "run a checkpoint over the data"),
-    "generate": ("generate", "continue a text with a checkpoint"),
-    "prepare": ("prepare", "write texts as tokens that training reads from disk"),
-    "tokenizer": ("tokenizer", "learn a sub-word vocabulary from texts (tokenizer train)"),
-    "import-hf": ("interop", "make a checkpoint of a model of Hugging Face's transformers"),
-    "export-hf": ("interop", "write a checkpoint as a folder that transformers reads"),
-    "consolidate": ("consolidate", "make one file of a folder that several devices saved"),
-    "upcycle": ("upcycle", "make a sparse checkpoint of a dense one"),
-    "prune": ("shrink", "drop the experts of a checkpoint that weigh least"),
-    "merge": ("shrink", "merge experts of a checkpoint that are alike"),
-    "to-dense": ("shrink", "make a dense checkpoint of a sparse one"),
-    "list": ("listing", "show the parts and recipes that a name can stand for"),
-    "distill-report": ("distill_report", "say how much of a mixture's gain its distilled students keep"),
-    "describe": ("describe", "show the model that a recipe builds, without training it"),
-    "plan": ("plan", "say which arrangements of devices a recipe fits, and how fast"),
-    "compare": ("compare", "train recipes alike over seeds, and say what is beyond chance"),
-    "audit": ("audit", "measure what leaks, gets no gradient or is scaled oddly"),
-    "selftest": ("selftest", "hold parts, your own included, to the properties of the tests"),
-    "bench": ("bench", "measure the speed of dispatchers and layers"),
+    "fit": ("cli.lightning", "train a model by a recipe"),
+    "validate": ("cli.lightning", "compute the validation loss of a checkpoint"),
+    "test": ("cli.lightning", "compute the test loss of a checkpoint"),
+    "predict": ("cli.lightning", "run a checkpoint over the data"),
+    "generate": ("cli.generate", "continue a text with a checkpoint"),
+    "prepare": ("cli.prepare", "write texts as tokens that training reads from disk"),
+    "tokenizer": ("cli.tokenizer", "learn a sub-word vocabulary from texts (tokenizer train)"),
+    "import-hf": ("cli.interop", "make a checkpoint of a model of Hugging Face's transformers"),
+    "export-hf": ("cli.interop", "write a checkpoint as a folder that transformers reads"),
+    "consolidate": ("cli.consolidate", "make one file of a folder that several devices saved"),
+    "upcycle": ("cli.upcycle", "make a sparse checkpoint of a dense one"),
+    "prune": ("cli.shrink", "drop the experts of a checkpoint that weigh least"),
+    "merge": ("cli.shrink", "merge experts of a checkpoint that are alike"),
+    "to-dense": ("cli.shrink", "make a dense checkpoint of a sparse one"),
+    "list": ("cli.listing", "show the parts and recipes that a name can stand for"),
+    "distill-report": ("cli.distill_report", "say how much of a mixture's gain its distilled students keep"),
+    "describe": ("cli.describe", "show the model that a recipe builds, without training it"),
+    "plan": ("cli.plan", "say which arrangements of devices a recipe fits, and how fast"),
+    "compare": ("compare.command", "train recipes alike over seeds, and say what is beyond chance"),
+    "audit": ("cli.audit", "measure what leaks, gets no gradient or is scaled oddly"),
+    "selftest": ("cli.selftest", "hold parts, your own included, to the properties of the tests"),
+    "bench": ("bench.command", "measure the speed of dispatchers and layers"),
 }
 
 _USAGE = """usage: switchkit COMMAND [options]
@@ -124,5 +124,5 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         what = "option" if command.startswith("-") else "command"
         raise UserError(f"unknown {what} {command!r}{near(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"switchkit.cli.{COMMANDS[command][0]}")
+    module = importlib.import_module(f"switchkit.{COMMANDS[command][0]}")
     return int(module.run(command, rest) or 0)

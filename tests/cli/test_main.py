@@ -58,8 +58,8 @@ def _raising(error):
 @pytest.fixture
 def fails(monkeypatch):
     """Make `switchkit bench` raise."""
-    module = type(sys)("switchkit.cli.bench")
-    monkeypatch.setitem(sys.modules, "switchkit.cli.bench", module)
+    module = type(sys)("switchkit.bench.command")
+    monkeypatch.setitem(sys.modules, "switchkit.bench.command", module)
 
     def set_error(error):
         module.run = _raising(error)
@@ -93,7 +93,9 @@ def test_an_unexpected_error_keeps_its_traceback(fails, error):
 def test_a_value_error_of_the_package_is_one_line(run, fails, monkeypatch):
     from switchkit.registry import lookup
 
-    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", lambda command, argv: lookup("tpo_k"), raising=False)
+    monkeypatch.setattr(
+        sys.modules["switchkit.bench.command"], "run", lambda command, argv: lookup("tpo_k"), raising=False
+    )
     code, _, err = run("bench")
     assert code == 2
     assert err.startswith("switchkit: error: unknown part 'tpo_k'. Did you mean 'top_k'? Registered: ")
@@ -106,7 +108,7 @@ def test_a_missing_file_that_the_package_opens_is_one_line(run, fails, monkeypat
         monkeypatch.setattr(recipes, "recipes", lambda: {"gone": Path("gone.yaml")})
         recipes.read_config(Path("gone.yaml"))
 
-    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", read, raising=False)
+    monkeypatch.setattr(sys.modules["switchkit.bench.command"], "run", read, raising=False)
     code, _, err = run("bench")
     assert (code, err) == (2, "switchkit: error: gone.yaml: cannot be read: No such file or directory\n")
 
@@ -139,7 +141,7 @@ def test_output_that_fails_at_the_end_is_told_too(folder):
 def test_what_an_encoding_lacks_is_replaced(fails, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr(sys.modules["switchkit.cli.bench"], "run", lambda *_: print("load █▇"), raising=False)
+    monkeypatch.setattr(sys.modules["switchkit.bench.command"], "run", lambda *_: print("load █▇"), raising=False)
     assert main(["bench"]) == 0
     assert written.getvalue() == b"load ??\n"
 
@@ -178,5 +180,5 @@ def test_exit_codes(fails, run):
     for error, code in ((SystemExit(7), 7), (SystemExit(), 0), (KeyboardInterrupt(), 130), (SIGTERMException(), 143)):
         fails(error)
         assert run("bench")[0] == code
-    sys.modules["switchkit.cli.bench"].run = lambda command, argv: _exit_in_interrupt()
+    sys.modules["switchkit.bench.command"].run = lambda command, argv: _exit_in_interrupt()
     assert run("bench")[0] == 130

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from switchkit.cli.compare import _notes
 from switchkit.compare.budget import Budget, Cost
+from switchkit.compare.command import _notes
 from switchkit.compare.definition import Entry
 from switchkit.compare.folder import Folder
 from switchkit.compare.plan import Model, _evaluated, composed, model_of, steps_of

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
+from switchkit.bench.options import parse
 from switchkit.cli.errors import UserError
+from switchkit.cli.plugins import bring_in, split_plugins
 
 __all__ = ["run"]
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Hand over to `switchkit.bench`."""
-    from switchkit.bench import main
+    """Measure what the command line asks for and print it.
 
+    Raises:
+        UserError: an unknown option, a value that does not fit, or a memory that does not hold what is measured.
+    """
+    rest, plugins = split_plugins(argv)
+    options = parse(rest)
+    bring_in(plugins)
     try:
-        return int(main(list(argv)) or 0)
+        # Only now, so that --help and mistyped options answer without waiting for torch.
+        from switchkit.bench.run import run as measure
+
+        return measure(options, shlex.join(["switchkit", command, *argv]))
     except RuntimeError as error:  # torch.OutOfMemoryError is one; of the CPU's memory there is no class
         told = str(error).partition("\n")[0]
         if "allocate" not in told:
