@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from switchkit.bench.options import parse
 from switchkit.cli.errors import UserError
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 
 __all__ = ["run"]
 
@@ -18,9 +18,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     Raises:
         UserError: an unknown option, a value that does not fit, or a memory that does not hold what is measured.
     """
-    rest, plugins = split_plugins(argv)
-    options = parse(rest)
-    bring_in(plugins)
+    options = parse(argv)
+    bring_in(options.plugins)
     try:
         # Only now, so that --help and mistyped options answer without waiting for torch.
         from switchkit.bench.run import run as measure

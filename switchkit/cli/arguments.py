@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from switchkit.cli.plugins import split_plugins
 from switchkit.cli.recipes import recipes
 from switchkit.cli.sources import Source, edit
 
-__all__ = ["Arguments", "environment", "read_arguments", "take_options"]
+__all__ = ["Arguments", "environment", "read_arguments"]
 
 
 @dataclass
@@ -28,6 +27,8 @@ class Arguments:
     """Key and name of ``--model.moe.router.help top_k``."""
     print_config: str | None = None
     """The flags of ``--print_config``; None: not asked for."""
+    words: list[str] = field(default_factory=list)
+    """What belongs to no option."""
 
     def sources(self) -> list[Source]:
         return [edit(key, value) for key, value in self.edits]
@@ -37,11 +38,11 @@ class Arguments:
         return next((value for name, value in reversed(self.edits) if name == key), None)
 
 
-def read_arguments(argv: Sequence[str]) -> Arguments:
+def read_arguments(argv: Sequence[str], *, words: bool = False) -> Arguments:
     """Sort a command line. Edits take effect in order, after all configurations, wherever they stand.
 
     Raises:
-        UserError: something that is no option, or an option without its value.
+        UserError: something that is no option, where there may be no `words`, or an option without its value.
     """
     rest, plugins = split_plugins(argv)
     found = Arguments(plugins=plugins)
@@ -55,6 +56,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             continue
         if name == "--print_config":
             found.print_config = value
+            continue
+        if words and not argument.startswith("-"):
+            found.words.append(argument)
             continue
         if name != "-c" and not (name.startswith("--") and len(name) > 2):
             config = argument.endswith((".yaml", ".yml")) or near(argument, recipes()) != "."
@@ -87,34 +91,3 @@ def environment(command: str, variables: Mapping[str, str] = os.environ) -> list
         for name, value in sorted(variables.items())
         if name.startswith(start)
     ]
-
-
-def take_options(
-    argv: Sequence[str], own: Mapping[str, str], alone: Mapping[str, str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """The arguments of `fit`, and the values of the options that are a command's own.
-
-    Args:
-        argv: a command line.
-        own: the options, and what stands for the value of each in an error.
-        alone: of them, those that may come without a value, and what they mean then.
-
-    Raises:
-        UserError: one of its own is without a value.
-    """
-    rest: list[str] = []
-    found: dict[str, str] = {}
-    left = deque(argv)
-    while left:
-        argument = left.popleft()
-        name, equals, value = argument.partition("=")
-        if name not in own:
-            rest.append(argument)
-            continue
-        if not equals:
-            follows = bool(left) and (left[0] == "-" or not left[0].startswith("-"))
-            value = left.popleft() if follows else (alone or {}).get(name, "")
-        if not value:
-            raise UserError(f"{name} needs a value: {name} {own[name]}")
-        found[name] = value
-    return rest, found

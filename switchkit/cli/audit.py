@@ -15,11 +15,11 @@ from rich.text import Text
 
 from switchkit import __version__, checkpoints, report
 from switchkit.audit import LONG, Finding, audit, sees_future, sequences_for
-from switchkit.cli.arguments import read_arguments, take_options
+from switchkit.cli.arguments import read_arguments
 from switchkit.cli.errors import UserError
 from switchkit.cli.model_only import ModelOnly
 from switchkit.cli.normalise import target_of
-from switchkit.cli.options import json_target, write_json
+from switchkit.cli.options import SETTINGS, OptionParser, json_target, write_json
 from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
 from switchkit.models.base import leak
@@ -28,40 +28,33 @@ from switchkit.report.tables import console
 
 __all__ = ["run"]
 
-_HELP = """usage: switchkit audit --config NAME [--config ...] [--ckpt_path PATH] [--json [PATH]] [--KEY VALUE ...]
-
-Measure on random tokens, on the CPU, whether the model that a recipe builds or a checkpoint holds
-leaks future tokens, depends on the rest of the batch, is random in evaluation, treats padding as
-tokens, generates with a cache what it computes without one, gives routers and experts their
-gradients, routes in float32, starts with different experts and routers that can still learn, and
-scales its losses as their papers do.
-
-options:
-  --config NAME      a YAML file or the name of a recipe; give several: later ones win
-  --ckpt_path PATH   the trained weights of a checkpoint (`last`: the newest), which brings its settings
-  --json [PATH]      write the findings as JSON to a file too; without one: to the output, in place of the table
-  --plugins MODULE   modules to import first, such as my_file
-  --KEY VALUE        any setting of `switchkit fit`, such as --model.moe.router top_k
-
-The exit code is 1 if the model sees future tokens, else 0, whatever else was found."""
-
 _STYLE = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the findings as a table; 1 if the model sees future tokens."""
-    arguments, own = take_options(argv, {"--json": "PATH"}, alone={"--json": "-"})
-    if any(argument.partition("=")[0] == "--out" for argument in arguments):
+    options, rest = _parser(command).parse_beside(argv)
+    if any(argument.partition("=")[0] == "--out" for argument in rest):
         raise UserError("--out: audit has no option 'out': --json PATH writes the findings to a file")
-    given = own.get("--json")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(_HELP)
-        return 0
-    target = json_target(given)
-    with redirect_stdout(sys.stderr) if given == "-" else nullcontext():
-        content = _measured(arguments)
-    write_json(given, target, content)
+    target = json_target(options.json)
+    with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
+        content = _measured(rest)
+    write_json(options.json, target, content)
     return int(content["leaks"])
+
+
+def _parser(command: str) -> OptionParser:
+    parser = OptionParser(
+        command,
+        "Measure on random tokens, on the CPU, whether the model that a recipe builds or a checkpoint holds leaks "
+        "future tokens, depends on the rest of the batch, is random in evaluation, treats padding as tokens, generates "
+        "with a cache what it computes without one, gives routers and experts their gradients, routes in float32, "
+        "starts with different experts and routers that can still learn, and scales its losses as their papers do. The "
+        "exit code is 1 if the model sees future tokens, else 0, whatever else was found.",
+    )
+    parser.epilog = SETTINGS
+    parser.add_json("the findings")
+    return parser
 
 
 def _measured(arguments: list[str]) -> dict[str, Any]:

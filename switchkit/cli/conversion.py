@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from switchkit.cli.checkpoint import checkpoint_path
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, new_file
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 
 if TYPE_CHECKING:
     from switchkit.module import LanguageModule
 
-__all__ = ["Conversion", "conversion_parser", "parsed", "say"]
+__all__ = ["Conversion", "conversion_parser", "say"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Conversion:
             UserError, ValueError: it cannot be read, or the file to write is there already.
         """
         out = new_file(options.out)
-        bring_in(options.plugins or ())
+        bring_in(options.plugins)
 
         from switchkit import checkpoints
         from switchkit.interop.files import open_checkpoint
@@ -53,7 +53,7 @@ class Conversion:
             )
         module = open_checkpoint(path)
         settings = checkpoints.read_settings(path)
-        return cls(path, out, module, settings["data"], settings["source"], options.plugins or ())
+        return cls(path, out, module, settings["data"], settings["source"], options.plugins)
 
     @property
     def go_on(self) -> str:
@@ -86,14 +86,6 @@ def conversion_parser(command: str, description: str) -> OptionParser:
     add("--default_root_dir", default="runs", metavar="DIR", help="where 'last' is looked for (default: %(default)s)")
     parser.add_plugins()
     return parser
-
-
-def parsed(parser: OptionParser, argv: Sequence[str]) -> Namespace:
-    """The options of `argv`, in which ``--plugins a b`` may stand anywhere."""
-    rest, plugins = split_plugins(argv)
-    options = parser.parse(rest)
-    options.plugins = plugins
-    return options
 
 
 def say(text: str) -> None:

@@ -7,37 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchkit import report
-from switchkit.cli.arguments import take_options
-from switchkit.cli.errors import UserError, near
+from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
+from switchkit.cli.options import SETTINGS, OptionParser
 
 __all__ = ["run"]
-
-_HELP = """usage: switchkit describe --config NAME [--config ...] [--twin flops|params [--out FILE]] [--KEY VALUE ...]
-
-Show the model that a recipe builds: sizes, FLOPs per token, parts, its dense twin. Nothing is trained.
-
-options:
-  --config NAME     a YAML file or the name of a recipe; give several: later ones win
-  --ckpt_path PATH  the settings of a checkpoint (`last`: the newest)
-  --twin flops      write the recipe of the dense model of equal FLOPs per token, which `switchkit fit` trains
-  --twin params     the same of equal parameters
-  --out FILE        where to, instead of stdout; a file that exists is left alone
-  --plugins MODULE  modules to import first, such as my_file
-  --KEY VALUE       any setting of `switchkit fit`, such as --model.moe.router top_k"""
-
-_TWINS = ("flops", "params")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the table that opens a training run, or write the recipe of the dense twin."""
-    rest, own = take_options(argv, {"--twin": "|".join(_TWINS), "--out": "FILE"})
-    if any(argument in ("-h", "--help") for argument in rest):
-        print(_HELP)
-        return 0
-    match, out = own.get("--twin"), own.get("--out")
-    if match is None:
-        if out is not None:
+    options, rest = _parser(command).parse_beside(argv)
+    if options.twin is None:
+        if options.out is not None:
             raise UserError("--out is where --twin writes to: give --twin flops or --twin params too")
         with warnings.catch_warnings():
             # A part that needs memory to be built has it, which is news where several processes share the memory.
@@ -45,8 +26,23 @@ def run(command: str, argv: Sequence[str]) -> int:
             cli = build(rest, weights=False)
         report.describe(cli)
         return 0
-    if match not in _TWINS:
-        raise UserError(f"--twin {match}: expected {' or '.join(_TWINS)}{near(match, _TWINS)}")
     from switchkit.cli.twin import write
 
-    return write(rest, "flops" if match == "flops" else "params", None if out is None else Path(out))
+    return write(rest, options.twin, None if options.out is None else Path(options.out))
+
+
+def _parser(command: str) -> OptionParser:
+    parser = OptionParser(
+        command,
+        "Show the model that a recipe builds: sizes, FLOPs per token, parts, its dense twin. Nothing is trained.",
+    )
+    parser.epilog = SETTINGS
+    add = parser.add_argument
+    add(
+        "--twin",
+        choices=("flops", "params"),
+        help="write the recipe of the dense model of equal FLOPs per token, or of equal parameters; `switchkit fit` "
+        "trains it",
+    )
+    add("--out", metavar="FILE", help="where to, instead of stdout; a file that exists is left alone")
+    return parser

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, json_target, write_json
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 
 if TYPE_CHECKING:
     from switchkit.distill.evaluation import Evaluated
@@ -22,14 +22,13 @@ __all__ = ["run"]
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Evaluate every checkpoint on the same held-out text, and print the table."""
-    rest, plugins = split_plugins(argv)
-    options = _parser(command).parse(rest)
+    options = _parser(command).parse(argv)
     students = _students(options.student)
     if options.json == "-" and options.csv:
         raise UserError("--json and --csv: give one of them, or --json a file")
     target = json_target(options.json)
     device = device_of(options.device)
-    bring_in(plugins)
+    bring_in(options.plugins)
 
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.distill.evaluation import evaluate

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from switchkit.cli.devices import device_of
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, number, positive, seed
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 from switchkit.cli.prompts import Prompt, check_prompts, encoded, language_prefix, read_prompts
 
 if TYPE_CHECKING:
@@ -30,11 +30,10 @@ BETWEEN = "-" * 20
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the prompts and their continuations, as they come."""
-    rest, plugins = split_plugins(argv)
-    options = _parser(command).parse(rest)
+    options = _parser(command).parse(argv)
     check_prompts(options)
     _check_search(options)
-    bring_in(plugins)
+    bring_in(options.plugins)
 
     from switchkit.cli.checkpoint import checkpoint_path
     from switchkit.module import LanguageModule

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from switchkit.cli.checkpoint import checkpoint_path
 from switchkit.cli.conversion import say
 from switchkit.cli.options import OptionParser, new_file, positive
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 
 if TYPE_CHECKING:
     from switchkit.module import LanguageModule
@@ -51,7 +51,6 @@ def _import(command: str, argv: Sequence[str]) -> int:
 
 
 def _export(command: str, argv: Sequence[str]) -> int:
-    rest, plugins = split_plugins(argv)
     parser = OptionParser(
         command,
         "Write the model of a checkpoint as a folder that Hugging Face's transformers reads (from_pretrained). What "
@@ -69,8 +68,8 @@ def _export(command: str, argv: Sequence[str]) -> int:
     add("--like", metavar="FOLDER", help="take the ids of special tokens from the config.json of this folder")
     add("--max_shard_size", type=_size, default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     parser.add_plugins()
-    options = parser.parse(rest)
-    bring_in(plugins)
+    options = parser.parse(argv)
+    bring_in(options.plugins)
 
     from switchkit.interop.documents import read_object
     from switchkit.interop.exporting import export_hf

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import OptionParser
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 from switchkit.cli.recipes import comparisons, recipes
 from switchkit.registry import KINDS, full_path, named
 
@@ -34,15 +34,15 @@ _FILES = {
 def run(command: str, argv: Sequence[str]) -> int:
     """Print a table per kind of part, and the recipes."""
     kinds = [*KINDS, *_FILES]
-    rest, plugins = split_plugins(argv)
     parser = OptionParser(command, "Show the parts and recipes that a name in a configuration can stand for.")
     parser.add_argument("kind", nargs="*", metavar="KIND", help=f"one of {', '.join(kinds)}; all by default")
     parser.add_plugins()
-    asked = parser.parse(rest).kind
+    options = parser.parse(argv)
+    asked = options.kind
     for kind in asked:
         if kind not in kinds:
             raise UserError(f"switchkit list: unknown kind {kind!r}{near(kind, kinds)} Kinds: {', '.join(kinds)}")
-    foreign = bring_in(plugins)
+    foreign = bring_in(options.plugins)
     # A pipe has no width of its own; 80 columns would break the names.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for kind in asked or kinds:

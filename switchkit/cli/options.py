@@ -8,14 +8,39 @@ import os
 import re
 import shlex
 import sys
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from switchkit.cli.errors import UserError, near
+from switchkit.cli.plugins import split_plugins
 
-__all__ = ["OptionParser", "json_file", "json_target", "new_file", "number", "positive", "seed", "write_json"]
+__all__ = [
+    "OF_FIT",
+    "SETTINGS",
+    "OptionParser",
+    "json_file",
+    "json_target",
+    "new_file",
+    "number",
+    "positive",
+    "seed",
+    "write_json",
+]
+
+OF_FIT = (
+    *("model", "data", "trainer", "plugins", "seed_everything", "keep_memory"),
+    *("init_from", "ckpt_path", "weights_only", "config", "print_config"),
+)
+"""The options of `fit` whose names have no dot."""
+SETTINGS = (
+    "Any other --KEY VALUE is a setting of `switchkit fit`, such as --model.moe.router top_k: --config NAME (a YAML "
+    "file or a recipe; of several, later ones win), --ckpt_path PATH (a checkpoint, or `last`: the newest), --plugins "
+    "MODULE (to import first)."
+)
+"""The end of the help of a command that takes them."""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -24,9 +49,11 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"switchkit {command}", description=description, allow_abbrev=False)
         self._given: list[str] = []
+        self._plugins = False
 
     def add_plugins(self) -> None:
-        """``--plugins``, as every command takes it."""
+        """``--plugins``, as every command takes it: of several words, wherever it stands."""
+        self._plugins = True
         self.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first, such as my_file")
 
     def add_json(self, what: str) -> None:
@@ -40,7 +67,7 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown option, a missing or unfit value.
         """
-        self._given = list(argv)
+        self._given, plugins = split_plugins(argv) if self._plugins else (list(argv), [])
         found, unknown = super().parse_known_args(self._given)
         if unknown and not unknown[0].startswith("-"):
             # Words of one list may have an option between them; what is missing is told better above.
@@ -48,10 +75,45 @@ class OptionParser(argparse.ArgumentParser):
         if unknown and not unknown[0].startswith("-"):
             raise UserError(f"{self.prog}: {unknown[0]!r} belongs to no option, and is one word too many")
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            name = unknown[0].partition("=")[0]
+            name, known = unknown[0].partition("=")[0], self._known()
             raise UserError(f"{self.prog}: unknown option {name!r}{near(name, known)} Options: {', '.join(known)}")
+        if self._plugins:
+            found.plugins = plugins
         return found
+
+    def parse_beside(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options of `argv` that are the command's own, and all else in its order, which `fit` reads.
+
+        Raises:
+            UserError: as `parse`; what is near one of its options and none of `fit`.
+        """
+        own: list[str] = []
+        rest: list[str] = []
+        mine = {option: action for action in self._actions for option in action.option_strings}
+        left = deque(argv)
+        while left:
+            argument = left.popleft()
+            name, equals, _ = argument.partition("=")
+            if name not in mine:
+                self._check_spelling(name)
+                rest.append(argument)
+                continue
+            own.append(argument)
+            # What begins with two dashes is no value; whoever reads the option tells that it has none.
+            if not equals and mine[name].nargs != 0 and left and left[0] != "-c" and not left[0].startswith("--"):
+                own.append(left.popleft())
+        return self.parse(own), rest
+
+    def _check_spelling(self, name: str) -> None:
+        if name.startswith("--") and "." not in name and name[2:] not in OF_FIT:
+            own = [option[2:] for option in self._known()]
+            # Without dashes, which would make all names alike.
+            meant = near(name[2:], [*own, *OF_FIT]).partition("'")[2].partition("'")[0]
+            if meant in own:
+                raise UserError(f"{self.prog}: unknown option {name!r}. Did you mean '--{meant}'?")
+
+    def _known(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`."""
@@ -60,6 +122,8 @@ class OptionParser(argparse.ArgumentParser):
         after = [value for name, value in pairwise(self._given) if name == option and value[:1] == "-"]
         if option != told and after:
             told += f"; a value that begins with - is written {option}={shlex.quote(after[0])}"
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", told):
+            told += near(choice[1], re.findall(r"[\w-]+", choice[2])).removesuffix(".")
         raise UserError(f"{self.prog}: {told}")
 
 

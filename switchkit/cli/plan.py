@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
-from switchkit.cli.options import OptionParser, json_target, number, positive, write_json
+from switchkit.cli.options import SETTINGS, OptionParser, json_target, number, positive, write_json
 
 if TYPE_CHECKING:
     from switchkit.plan import Gpu, Work
 
 __all__ = ["run"]
 
-_FLAGS = ("--all", "-h", "--help")
-_OF_FIT = ("config", "plugins", "seed_everything", "model", "data", "trainer", "init_from", "ckpt_path", "weights_only")
-
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print the arrangements that fit, the fastest first, and why the others do not; 1 if none fits."""
-    parser = _parser(command)
-    known = [option for action in parser._actions for option in action.option_strings]
-    own, rest = _split(argv, known)
-    _check_spelling(rest, known)
-    options = parser.parse(own)
+    options, rest = _parser(command).parse_beside(argv)
     target = json_target(options.json)
     gpu = _gpu(options.gpu)
 
@@ -75,9 +67,10 @@ def _parser(command: str) -> OptionParser:
         command,
         "Count what training the model of a recipe takes of each of many devices: memory, bytes sent in a step, time. "
         "Every arrangement of ddp and ExpertParallelStrategy is counted; those that fit are ranked by their time per "
-        "token, and one line says why each of the others does not fit. Nothing is built or run. Any other --KEY VALUE "
-        "is a setting of `switchkit fit`, --config first of all. The exit code is 1 if nothing fits.",
+        "token, and one line says why each of the others does not fit. Nothing is built or run. The exit code is 1 "
+        "if nothing fits.",
     )
+    parser.epilog = SETTINGS
     share = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
     above = number(float, "a number of at least 1", lambda value: 1 <= value < float("inf"))
     add = parser.add_argument
@@ -104,36 +97,6 @@ def _parser(command: str) -> OptionParser:
     add("--all", action="store_true", help="show all arrangements, not the first ten of each kind")
     parser.add_json("everything")
     return parser
-
-
-def _split(argv: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that are this command's own, and those of `fit`."""
-    own: list[str] = []
-    rest: list[str] = []
-    left = deque(argv)
-    while left:
-        argument = left.popleft()
-        name, equals, _ = argument.partition("=")
-        mine = own if name in options else rest
-        mine.append(argument)
-        if equals or name in _FLAGS or not name.startswith("-"):
-            continue
-        # What begins with two dashes is no value; whoever reads the option tells that it has none.
-        if left and not left[0].startswith("--"):
-            mine.append(left.popleft())
-    return own, rest
-
-
-def _check_spelling(rest: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse what is near an option of this command and no option of `fit`.
-
-    Raises:
-        UserError: names the nearest.
-    """
-    for argument in rest:
-        name = argument.partition("=")[0]
-        if name.startswith("--") and "." not in name and name[2:] not in _OF_FIT and (hint := near(name, known)) != ".":
-            raise UserError(f"switchkit plan: unknown option {name!r}{hint}")
 
 
 def _gpu(word: str) -> Gpu:

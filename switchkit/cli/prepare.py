@@ -6,11 +6,10 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, number, positive
-from switchkit.cli.plugins import split_plugins
 from switchkit.cli.prepare_teacher import prepare_teacher
 from switchkit.cli.reading import Bar, bar, stops_cleanly
 
@@ -24,9 +23,7 @@ SHARD_TOKENS = 1 << 28
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the folder, and say what is in it."""
-    rest, plugins = split_plugins(argv)
-    options = _parser(command).parse(rest)
-    options.plugins = plugins or None
+    options = _parser(command).parse(argv)
     _check(options)
     if options.teacher is not None:
         return prepare_teacher(options)
@@ -116,7 +113,7 @@ def _parser(command: str) -> OptionParser:
 def _check(options: Namespace) -> None:
     """Fill in the defaults, and refuse options that belong to the other use."""
     texts = {"tokenizer": "characters", "shard_tokens": SHARD_TOKENS, "held_out": 0.1}
-    asked = {
+    asked: dict[str, Any] = {
         "k": None,
         "temperature": 1.0,
         "dtype": "float16",
@@ -124,10 +121,10 @@ def _check(options: Namespace) -> None:
         "stride": None,
         "draws": None,
         "device": None,
-        "plugins": None,
+        "plugins": [],
     }
     own, other = (texts, asked) if options.teacher is None else (asked, texts)
-    given = [name for name in other if getattr(options, name) is not None]
+    given = [name for name in other if getattr(options, name) not in (None, [])]
     if given:
         where = "needs --teacher" if options.teacher is None else "is not for --teacher, whose data have their tokens"
         raise UserError(f"prepare: --{given[0]} {where}")

@@ -24,7 +24,7 @@ def prepare_teacher(options: Namespace) -> int:
     from switchkit.cli.plugins import bring_in
 
     device = device_of(options.device)
-    bring_in(options.plugins or ())
+    bring_in(options.plugins)
     path = checkpoint_path(options.teacher, "runs", "teacher")
 
     from rich.console import Console

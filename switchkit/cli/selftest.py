@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkit.cli.errors import UserError, near
 from switchkit.cli.options import OptionParser, json_target, write_json
-from switchkit.cli.plugins import bring_in, split_plugins
+from switchkit.cli.plugins import bring_in
 from switchkit.registry import KINDS, named
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = ["run"]
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Print what holds of each part, and a sentence for what does not; 1 if anything failed."""
-    rest, plugins = split_plugins(argv)
     parser = OptionParser(
         command,
         "Hold every registered part, plugins included, to the properties that switchkit's own parts are held to, and "
@@ -33,9 +32,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_plugins()
     parser.add_argument("--skip", nargs="+", metavar="PROPERTY", default=[], help="properties not to ask")
     parser.add_json("all results")
-    options = parser.parse(rest)
+    options = parser.parse(argv)
     target = json_target(options.json)
-    bring_in(plugins)
+    bring_in(options.plugins)
     # Only now, so that --help and mistyped options answer without waiting for torch.
     from rich.console import Console
     from rich.table import Table

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
-from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
+from switchkit.cli.conversion import Conversion, conversion_parser, say
 from switchkit.cli.errors import UserError
 from switchkit.cli.options import OptionParser, positive
 
@@ -30,7 +30,7 @@ ABOUT = {
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the checkpoint, and show parameters and held-out loss before and after."""
-    options = parsed(_parser(command), argv)
+    options = _parser(command).parse(argv)
     _check(options)
     work = Conversion.begin(options)
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from switchkit.cli.conversion import Conversion, conversion_parser, parsed, say
+from switchkit.cli.conversion import Conversion, conversion_parser, say
 from switchkit.cli.options import OptionParser, number, positive, seed
 
 __all__ = ["run"]
@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Write the checkpoint, and say how far its logits are from those of the dense one."""
-    options = parsed(_parser(command), argv)
+    options = _parser(command).parse(argv)
     work = Conversion.begin(options)
 
     import torch

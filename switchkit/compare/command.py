@@ -13,9 +13,9 @@ import torch
 from rich.table import Table
 
 from switchkit import __version__
+from switchkit.cli.arguments import Arguments, read_arguments
 from switchkit.cli.errors import UserError, exit_code
 from switchkit.cli.options import OptionParser, positive
-from switchkit.cli.plugins import split_plugins
 from switchkit.cli.reading import stops_cleanly
 from switchkit.cli.recipes import dump_yaml
 from switchkit.compare.budget import Budget
@@ -44,15 +44,14 @@ _REFUSED = {
         ("trainer.val_check_interval", "trainer.check_val_every_n_epoch"), "--every N says when runs are evaluated"
     ),
 }
-_GROUPS = ("model", "data", "trainer")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Train what a command line names, going on where an earlier call with the same one stopped."""
-    rest, plugins = split_plugins(argv)
-    own, edits = _split(rest)
-    asked = _parser(command).parse(own)
-    definition = define(asked.recipes)
+    asked, rest = _parser(command).parse_beside(argv)
+    given = read_arguments(rest, words=True)
+    _refuse(given)
+    definition = define(given.words)
     budget = Budget.parse(asked.budget or definition.budget or "steps")
     seeds = asked.seeds or definition.seeds or 3
     if asked.out is not None and not asked.out.strip():
@@ -62,7 +61,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     again = f"switchkit compare {shlex.join(argv)}"
     try:
         with stops_cleanly():
-            failed = _compare(definition, budget, seeds, folder, before, asked, edits, plugins)
+            failed = _compare(definition, budget, seeds, folder, before, asked, given.edits, given.plugins)
     except (KeyboardInterrupt, SystemExit) as stop:
         if type(stop).__name__ == "Stopped":
             told = vars(stop)
@@ -153,6 +152,21 @@ def _compare(
         results = _write(folder, trees, results, twin, definition.title, notes, plots)
     _tell(results, twin, folder.path)
     return [result for result in results if not result.finished]
+
+
+def _refuse(given: Arguments) -> None:
+    """Refuse settings that are a comparison's own to make.
+
+    Raises:
+        UserError: one of them.
+    """
+    for key, _ in given.edits:
+        if key in _REFUSED:
+            raise UserError(f"compare: --{key}: {_REFUSED[key]}")
+    if given.configs:
+        raise UserError("compare: --config: recipes are given without it: switchkit compare A B")
+    if given.print_config is not None or given.part_help is not None:
+        raise UserError("compare: --print_config and --KEY.help are of `switchkit fit` alone")
 
 
 def _check(edits: Sequence[tuple[str, str]], budget: Budget, seeded: bool) -> None:
@@ -267,36 +281,14 @@ def _tell(results: Sequence[Result], twin: str, path: Path) -> None:
 
 def _parser(command: str) -> OptionParser:
     parser = OptionParser(command, "Train several recipes alike, seed by seed, and say which differences are chance.")
-    parser.epilog = "--KEY VALUE: a setting for all runs, as in `switchkit fit`: --data.path my.txt, --plugins my_file."
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipes, or one comparison; files or names")
+    parser.usage = "%(prog)s RECIPE [RECIPE ...] [options]"
+    parser.epilog = (
+        "RECIPE: recipes, or one comparison; files or names. Any other --KEY VALUE is a setting for all runs, as in "
+        "`switchkit fit`: --data.path my.txt, --plugins my_file."
+    )
     parser.add_argument("--seeds", type=positive, help="seeds 0 to N - 1 (default: the comparison's, else 3)")
     parser.add_argument("--budget", help="steps[=N], flops[=X] or minutes=M (default: the comparison's, else steps)")
     parser.add_argument("--out", help="the folder (default: runs/compare/NAME); the same command goes on in it")
     parser.add_argument("--twin", help="the run that speed-ups are against (default: the first without sparse layers)")
     parser.add_argument("--every", type=positive, help="steps between two points of a curve (default: 20 points)")
     return parser
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The command's own words, and the settings for all runs: ``--data.path my.txt`` as ``fit`` takes it."""
-    own: list[str] = []
-    edits: list[tuple[str, str]] = []
-    position = 0
-    while position < len(argv):
-        argument = argv[position]
-        position += 1
-        name, given, value = argument.partition("=")
-        key = name[2:]
-        if name.startswith("--") and key in _REFUSED:
-            raise UserError(f"compare: {name}: {_REFUSED[key]}")
-        if name in ("-c", "--config"):
-            raise UserError(f"compare: {name}: recipes are given without it: switchkit compare A B")
-        if not (name.startswith("--") and ("." in key or key in ("init_from", "keep_memory", *_GROUPS))):
-            own.append(argument)
-            continue
-        if not given:
-            if position == len(argv) or argv[position].startswith("--"):
-                raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
-            value, position = argv[position], position + 1
-        edits.append((key, value))
-    return own, edits

@@ -110,10 +110,12 @@ def test_what_is_left_is_said(run):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--twin", "memory"], "--twin memory: expected flops or params"),
+        (["--twin", "memory"], "--twin: invalid choice: 'memory' (choose from"),
         (["--twin", "flop"], "Did you mean 'flops'?"),
-        (["--twin"], "--twin needs a value: --twin flops|params"),
-        (["--twin", "flops", "--out"], "--out needs a value: --out FILE"),
+        (["--twin"], "--twin: expected one argument"),
+        (["--twin", "flops", "--out"], "--out: expected one argument"),
+        (["--twn", "flops"], "switchkit describe: unknown option '--twn'. Did you mean '--twin'?"),
+        (["--confg", "x"], "fit has no option 'confg'. Did you mean 'config'?"),
         (["--out", "dense.yaml"], "give --twin flops or --twin params too"),
         (
             ["--twin", "flops", "--out", "text.txt"],
@@ -148,7 +150,7 @@ def test_a_student_that_follows_from_its_teacher_is_dense_already(run):
 def test_help_names_it(run):
     code, out, _ = run("describe", "--help")
     assert code == 0
-    assert "--twin params" in out
+    assert "--twin {flops,params}" in out
 
 
 def test_yaml_that_is_written_is_read_as_it_was():
