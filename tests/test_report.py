@@ -28,7 +28,7 @@ from switchkit.report.began import Began
 from switchkit.report.numbers import short, three_digits
 from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
-from switchkit.report.tables import console, fallback_box, loads, model_table, rows_table, source_rows
+from switchkit.report.tables import console, fallback_box, figures, loads, model_table, pairs, source_rows
 from switchkit.report.twins import twin_rows
 
 CONTEXT = 8
@@ -140,10 +140,23 @@ def test_einsum_counts_no_rows_twice() -> None:
     assert count(decoder(moe=partial(MoELayer, dispatcher=Einsum)), CONTEXT) == count(decoder(), CONTEXT)
 
 
+def test_figures_stand_on_the_right_and_words_on_the_left(capsys: pytest.CaptureFixture[str]) -> None:
+    table = figures("Costs", ("what", "ms", "why"), frame=None, words=["why"])
+    table.add_row("a", "1", "x")
+    table.add_row("layer", "1,000", "no reason")
+    console().print(table)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "Costs",
+        "what      ms  why",
+        "a          1  x",
+        "layer  1,000  no reason",
+    ]
+
+
 def test_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     path = "runs[lr=0.1]/a :x: b.txt"
     out = console()
-    out.print(rows_table(path, [("data", path)]))
+    out.print(pairs(path, [("data", path)]))
     out.print(path, highlight=False)
     assert capsys.readouterr().out.count(path) == 3
 

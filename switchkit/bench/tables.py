@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from switchkit.report.numbers import three_digits
-from switchkit.report.tables import rows_table
+from switchkit.report.tables import figures, pairs
 
 __all__ = ["distributed", "generation", "growth", "layer", "machine", "recipe", "routers", "seq2seq"]
 
@@ -33,7 +33,7 @@ def machine(found: Figures) -> RenderableType:
         rows.append(
             ("load", f"{load:.1f} on average in the minute before: with other work on the machine, trust no timing")
         )
-    return rows_table("switchkit bench", rows)
+    return pairs("switchkit bench", rows)
 
 
 def layer(found: Figures) -> RenderableType:
@@ -195,12 +195,11 @@ def seq2seq(found: Figures) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = figures(title, columns, frame=box.SIMPLE_HEAD, no_wrap=True, overflow="fold")
     table.caption_justify = "left"
     # Names break where there is no room; of a number that is cut nobody knows that it is.
     table.collapse_padding = True
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column), overflow="fold")
+    table.columns[0].no_wrap = False
     return table
 
 

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from switchkit import __version__, checkpoints, report
@@ -24,7 +22,7 @@ from switchkit.cli.settings import compose
 from switchkit.cli.signatures import signature_of
 from switchkit.models.base import leak
 from switchkit.module import LanguageModule
-from switchkit.report.tables import console
+from switchkit.report.tables import console, figures
 
 __all__ = ["run"]
 
@@ -102,10 +100,8 @@ def _title(arguments: list[str], path: str | None) -> str:
 
 
 def _print(findings: Sequence[Finding], title: str, refused: bool) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("check", style="cyan", no_wrap=True)
-    table.add_column("")
-    table.add_column("measured")
+    table = figures(title, ("check", "", "measured"), words=("", "measured"))
+    table.columns[0].no_wrap = True
     for finding in findings:
         # Text, not markup: a fix may hold a list in brackets.
         told = Text(finding.evidence)

@@ -37,17 +37,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     bring_in(options.plugins)
     # Only now, so that --help and mistyped options answer without waiting for torch.
     from rich.console import Console
-    from rich.table import Table
 
     from switchkit.process import threads
+    from switchkit.report.tables import figures
     from switchkit.testing.kit import results_of
 
     parts = _asked(options.part)
     stream = sys.stderr if options.json == "-" else sys.stdout
     console = Console(file=stream, width=None if stream.isatty() else 160)
-    table = Table("part", "held", "failed", "skipped", "seconds", title="selftest", title_justify="left", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures("selftest", ("part", "held", "failed", "skipped", "seconds"), frame=None)
     found: dict[str, list[Result]] = {}
     # Sums of two threads differ in the last bits, and layers this small are faster on one.
     with threads(1):

@@ -154,7 +154,7 @@ def _batches(work: Conversion, plugins: Sequence[str]) -> Any:
 
 
 def _show(command: str, work: Conversion, made: LanguageModule, found: Measured, after: Measured | None) -> None:
-    from switchkit.report.tables import console, rows_table
+    from switchkit.report.tables import console, pairs
 
     before, now = (sum(p.numel() for p in module.parameters()) for module in (work.module, made))
     rows = [("parameters", f"{before:,} -> {now:,} ({now / before:.1%})")]
@@ -164,4 +164,4 @@ def _show(command: str, work: Conversion, made: LanguageModule, found: Measured,
         rows += [
             (f"used {use.layer}", " ".join(f"{share:.0%}" for share in use.share.tolist())) for use in found.layers
         ]
-    console().print(rows_table(f"{command}: {work.path} -> {work.out}", [*rows, ("checkpoint", str(work.out))]))
+    console().print(pairs(f"{command}: {work.path} -> {work.out}", [*rows, ("checkpoint", str(work.out))]))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from switchkit import __version__
 from switchkit.cli.arguments import Arguments, read_arguments
@@ -29,7 +28,7 @@ from switchkit.compare.runner import seconds_per_step, train
 from switchkit.compare.summary import pairs_of, rows_of, sentence
 from switchkit.report import part_of
 from switchkit.report.plots import can_plot
-from switchkit.report.tables import console
+from switchkit.report.tables import console, figures
 
 __all__ = ["run"]
 
@@ -269,9 +268,8 @@ def _notes(
 def _tell(results: Sequence[Result], twin: str, path: Path) -> None:
     # A table that is cut says nothing.
     out = console(170)
-    table = Table(title="Result", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
+    table = figures("Result", COLUMNS, frame=None)
+    table.columns[0].no_wrap = True
     for row in rows_of(results, twin):
         table.add_row(*cells(row))
     out.print(table)

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from switchkit.compare.folder import Result
 from switchkit.compare.recorder import Show
+from switchkit.report.tables import figures
 
 __all__ = ["Board"]
 
@@ -90,9 +90,8 @@ class Board:
     def _refresh(self) -> None:
         if self._live is None:
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("run", "seed", "", "step", "loss", "held out", "tokens/s"):
-            table.add_column(column, justify="left" if column in ("run", "") else "right")
+        columns = ("run", "seed", "", "step", "loss", "held out", "tokens/s")
+        table = figures(None, columns, frame=None, words=[""])
         for (name, seed), values in self._visible():
             style = "bold" if values[0] == "trains" else "red" if values[0] == "failed" else None
             table.add_row(name, str(seed), *values, style=style)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from switchkit.distill.table import TableRow
 from switchkit.report.numbers import three_digits
+from switchkit.report.tables import figures
 
 __all__ = ["distill_table"]
 
 
 def distill_table(rows: Sequence[TableRow], about: str) -> Table:
     """Losses, what of the gain is kept, and what it costs; `about` says on what text."""
-    table = Table(title=f"Distillation: {about}", title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("model", style="cyan")
     peak = any(row.peak is not None for row in rows)
-    for name in ("seeds", "nats per token", "gain kept", "parameters", "smaller", "tokens/s", "weights"):
-        table.add_column(name, justify="right")
-    if peak:
-        table.add_column("peak memory", justify="right")
+    names = ("model", "seeds", "nats per token", "gain kept", "parameters", "smaller", "tokens/s", "weights")
+    table = figures(f"Distillation: {about}", [*names, *(["peak memory"] if peak else [])])
     for row in rows:
         cells = [
             row.name,

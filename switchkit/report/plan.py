@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from switchkit.plan import Estimate, Gpu, Plan, Work
 from switchkit.plan.hardware import GIB
 from switchkit.report.numbers import short, three_digits
-from switchkit.report.tables import console, rows_table
+from switchkit.report.tables import console, figures, pairs
 
 __all__ = ["plan_tables", "plan_values"]
 
@@ -42,7 +41,7 @@ def plan_tables(
         ("micro-batch", f"{work.batch:,} x {work.context:,} tokens on each device, {work.precision.name}"),
         ("step", f"{work.accumulate} micro-batch{'es' * (work.accumulate > 1)}, {step:,} tokens on all devices"),
     ]
-    out.print(rows_table("Plan", rows))
+    out.print(pairs("Plan", rows))
     if plan.fits:
         shown = plan.fits if every else plan.fits[:SHOWN]
         fit = "1 arrangement fits" if len(plan.fits) == 1 else f"{len(plan.fits)} arrangements fit, the fastest first"
@@ -100,11 +99,9 @@ def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, collapse_padding=True)
     # Seven numbers find room in 80 columns; in fewer they are folded, as cut ones could not be told apart.
-    table.add_column("layout", style="cyan", overflow="fold")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    table = figures(title, ("layout", *names), overflow="fold")
+    table.collapse_padding = True
     return table
 
 

@@ -26,7 +26,7 @@ from switchkit.report.tables import (
     fallback_box,
     loads,
     model_table,
-    rows_table,
+    pairs,
     source_rows,
 )
 from switchkit.report.twins import twin_rows
@@ -100,7 +100,7 @@ def closing(cli: Any) -> None:
             callback._average_model = None  # which it would put in the place of the best one's weights
     if not isinstance(cli.model, LanguageModule):
         if trainer.is_global_zero:
-            console().print(rows_table("Result", _of_another_kind(trainer, wall, best or last)))
+            console().print(pairs("Result", _of_another_kind(trainer, wall, best or last)))
         return
     if best is not None:
         module.load_state_dict(read(best)["state_dict"])
@@ -137,7 +137,7 @@ def closing(cli: Any) -> None:
     rows += loads(module.last_load, module.sparse_layers, experts) if found else []
     rows += [("checkpoint", str(best or last or "none was saved"))]
     count = _batches(trainer) if found else 0
-    out.print(rows_table(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))
+    out.print(pairs(f"Result{f' on {part_of(count)}' if count != 0 else ', with no validation'}", rows))
     shown = best or last
     if shown is not None:
         on = f"--ckpt_path {shlex.quote(str(last or shown))}{_longer(trainer)}"

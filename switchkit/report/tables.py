@@ -6,11 +6,11 @@ import inspect
 import math
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from rich import box
+from rich.box import ROUNDED, Box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -23,19 +23,34 @@ from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
 from switchkit.report.numbers import short
 
-__all__ = ["console", "device_name", "fallback_box", "loads", "model_table", "rows_table", "source_rows"]
+__all__ = ["console", "device_name", "fallback_box", "figures", "loads", "model_table", "pairs", "source_rows"]
 
 BLOCKS = "·▁▂▃▄▅▆▇█"
 DIGITS = "012345678"  # where the output has no blocks
 
 
-def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=ROUNDED, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def figures(
+    title: str | None, names: Sequence[str], *, frame: Box | None = ROUNDED, words: Sequence[str] = (), **each: Any
+) -> Table:
+    """A table for rows of figures: what they are of on the left, they on the right, but for the columns of `words`.
+
+    `each` is for every column, such as ``no_wrap``.
+    """
+    framed = frame is ROUNDED
+    table = Table(title=title, title_justify="left", title_style="bold", box=frame, pad_edge=framed)
+    for n, name in enumerate(names):
+        table.add_column(name, justify="right" if n and name not in words else "left", **each)
+    table.columns[0].style = "cyan" if framed else ""
     return table
 
 
@@ -73,7 +88,7 @@ def model_table(net: nn.Module, context: int, more: Iterable[tuple[str, str]] = 
             ("capacity", f"{name_of(type(capacity))}{_options(capacity)}, counted over {_group(layer)}"),
             ("dispatcher", name_of(type(layer.dispatcher))),
         ]
-    return rows_table("Model", [*rows, *more])
+    return pairs("Model", [*rows, *more])
 
 
 def loads(shares: torch.Tensor, names: Iterable[str], experts: Iterable[int]) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -10,6 +9,7 @@ from switchkit.counts import buffered, count
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
 from switchkit.report.numbers import short, three_digits
+from switchkit.report.tables import figures
 from switchkit.twins import dense_spec, net_of
 
 __all__ = ["both", "both_table", "twin_rows"]
@@ -42,10 +42,7 @@ def both(sparse: nn.Module, dense: nn.Module, context: int) -> list[tuple[str, s
 
 
 def both_table(rows: list[tuple[str, str, str, str]]) -> Table:
-    table = Table(title="The model and its dense twin", title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("", style="cyan", no_wrap=True)
-    for name in ("sparse", "dense", "difference"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures("The model and its dense twin", ("", "sparse", "dense", "difference"), no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
