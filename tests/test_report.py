@@ -25,7 +25,7 @@ from switchkit.callbacks import Translation, Translations
 from switchkit.data.subwords import FileTokenizer
 from switchkit.report import count
 from switchkit.report.began import Began
-from switchkit.report.numbers import short, three_digits
+from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import console, fallback_box, figures, loads, model_table, pairs, source_rows
@@ -40,7 +40,7 @@ CONTEXT = 8
      (47e9, "47G"), (1234e15, "1,234P"), (-1500, "-1.5k")],
 )  # fmt: skip
 def test_numbers_have_no_exponents(value: float, said: str) -> None:
-    assert short(value) == said
+    assert with_unit(value) == said
 
 
 def test_three_digits() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["short", "three_digits"]
+__all__ = ["three_digits", "with_unit"]
 
 
 def three_digits(value: float, sign: str = "") -> str:
@@ -13,7 +13,7 @@ def three_digits(value: float, sign: str = "") -> str:
     return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"
 
 
-def short(value: float) -> str:
+def with_unit(value: float) -> str:
     """A number with a unit, three digits of it."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(value) < 999.5:

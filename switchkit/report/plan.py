@@ -10,7 +10,7 @@ from rich.table import Table
 
 from switchkit.plan import Estimate, Gpu, Plan, Work
 from switchkit.plan.hardware import GIB
-from switchkit.report.numbers import short, three_digits
+from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.tables import console, figures, pairs
 
 __all__ = ["plan_tables", "plan_values"]
@@ -31,7 +31,7 @@ def plan_tables(
     step = nodes * gpus * work.tokens * work.accumulate
     rows = [
         ("parameters", f"{counts.parameters:,} in all, {counts.active:,} active for a token"),
-        ("FLOPs per token", f"{short(counts.flops)} forward"),
+        ("FLOPs per token", f"{with_unit(counts.flops)} forward"),
         ("machine", f"{nodes} x {gpus} {gpu.name}: {gpu.memory / GIB:.0f} GiB each, {headroom:.0%} left free"),
         (
             "links",
@@ -93,7 +93,7 @@ def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
             _layout(one),
             *(_number(part / 1e9) for part in sent),
             *(_number(part * 1e3) for part in spent),
-            short(1 / one.per_token),
+            with_unit(1 / one.per_token),
         )
     yield from (memory, time)
 

@@ -21,7 +21,7 @@ from switchkit.counts import Counts, count
 from switchkit.layers import MoELayer, moe_layers
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.registry import name_of
-from switchkit.report.numbers import short
+from switchkit.report.numbers import with_unit
 
 __all__ = ["console", "device_name", "fallback_box", "figures", "loads", "model_table", "pairs", "source_rows"]
 
@@ -149,7 +149,7 @@ def _flops(sizes: Counts) -> str:
         ("attention", sizes.attention),
         ("rest", sizes.other),
     )
-    return f"{short(sizes.flops)} forward ({', '.join(f'{name} {short(value)}' for name, value in parts)})"
+    return f"{with_unit(sizes.flops)} forward ({', '.join(f'{name} {with_unit(value)}' for name, value in parts)})"
 
 
 def _layers(net: nn.Module, sparse: int) -> str:

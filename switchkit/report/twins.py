@@ -8,7 +8,7 @@ from torch import nn
 from switchkit.counts import buffered, count
 from switchkit.models import Decoder, EncoderDecoder
 from switchkit.module import LanguageModule
-from switchkit.report.numbers import short, three_digits
+from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.tables import figures
 from switchkit.twins import dense_spec, net_of
 
@@ -25,12 +25,13 @@ def twin_rows(module: nn.Module, context: int) -> list[tuple[str, str]]:
     except ValueError as error:
         return [("dense twin", f"none: {error}")]
     dense = count(net_of(spec, net.vocab_size), context)
+    routers = with_unit(count(net, context).routers)
     widths = {name: spec["init_args"]["net"]["init_args"].get(name) for name in ("d_ff", "decoder_d_ff")}
     told = ", ".join(f"{name} {value}" for name, value in widths.items() if value is not None)
     return [
         ("dense twin", f"a dense layer in place of each mixture, {told}: --twin flops writes the recipe"),
         ("  parameters", f"{dense.parameters:,}"),
-        ("  FLOPs per token", f"{short(dense.flops)} (the routers' {short(count(net, context).routers)} left out)"),
+        ("  FLOPs per token", f"{with_unit(dense.flops)} (the routers' {routers} left out)"),
     ]
 
 
