@@ -5,7 +5,6 @@ Nothing here imports torch, so that ``--help`` and mistyped commands answer at o
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -13,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
-from switchkit.cli.errors import UserError, exit_code, near, one_line
+from switchkit.cli.errors import UserError, disk_is_full, exit_code, near, one_line
 
 __all__ = ["COMMANDS", "UserError", "main"]
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         line = one_line(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if disk_is_full(error):
             _drop_output()
         if line is None:
             raise

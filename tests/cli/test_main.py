@@ -138,6 +138,31 @@ def test_output_that_fails_at_the_end_is_told_too(folder):
     assert (found.returncode, found.stderr) == (141, "")
 
 
+def test_output_beyond_a_quota_is_told_as_that_to_a_full_disk_is(folder):
+    """Python writes what is left when it ends: to nowhere, by then."""
+    program = """if True:
+        import errno, io, os, sys
+        from switchkit.cli import main
+
+        class Full(io.FileIO):
+            def write(self, data):
+                if os.path.sameopenfile(1, nowhere):
+                    return len(data)
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(Full(1, "w", closefd=False)))
+        sys.exit(main(["--version"]))
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("out.txt").open("w") as out:
+        found = subprocess.run(
+            [sys.executable, "-c", program], stdout=out, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    told = "switchkit: error: Disk quota exceeded: free some, or write to another disk\n"
+    assert (found.returncode, found.stderr) == (2, told)
+
+
 def test_what_an_encoding_lacks_is_replaced(fails, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
