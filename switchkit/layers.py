@@ -21,6 +21,7 @@ from switchkit.records import Routing, undropped_weights
 from switchkit.registry import named
 from switchkit.routing.base import Router, RouterFactory, full_precision
 from switchkit.routing.token_choice import Switch
+from switchkit.shown import options
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -70,6 +71,9 @@ class MoELayer(nn.Module):
         granularity: int = 1,
     ) -> None:
         super().__init__()
+        sizes = {"d_model": d_model, "num_experts": num_experts, "d_ff": d_ff, "granularity": granularity}
+        for name, size in sizes.items():
+            whole(name, size)
         if granularity < 1 or d_ff % granularity:
             raise ValueError(f"granularity must be at least 1 and divide d_ff={d_ff}; got {granularity}")
         num_experts, d_ff = num_experts * granularity, d_ff // granularity
@@ -90,6 +94,10 @@ class MoELayer(nn.Module):
         self.capacity = (capacity or Dropless)()
         self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.dispatcher = (dispatcher or Sorted)()
+
+    def extra_repr(self) -> str:
+        parts = f"capacity={type(self.capacity).__name__}, dispatcher={type(self.dispatcher).__name__}"
+        return f"{options(self)}, {parts}"
 
     @property
     def leaks(self) -> str | None:

@@ -17,7 +17,7 @@ import pytest
 from shapes import PACKAGE
 
 ROWS = [
-    ["records", "registry", "checks", "kernels"],
+    ["records", "registry", "checks", "shown", "kernels"],
     ["routing", "capacity", "experts", "losses", "dispatch", "stats"],
     ["parallel"],
     ["layers", "attention", "blocks"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import oracle
 import pytest
@@ -183,6 +184,25 @@ def test_the_meta_device_knows_the_shapes(router: type[Router]) -> None:
     assert layer.experts.w1.grad.is_meta
 
 
+def test_a_printed_layer_says_its_sizes_and_options() -> None:
+    class Own(TopK):
+        def __init__(self, *sizes: int, temperature: float = 2.0, **more: Any) -> None:
+            super().__init__(*sizes, **more)
+            self.temperature = temperature
+
+    layer = MoELayer(8, 4, d_ff=16, router=partial(TopK, jitter=0.1), capacity=partial(Factor, train=1.0), group=64)
+    told = repr(layer)
+    for part in (
+        "d_model=8, num_experts=4, d_ff=16, group=64, capacity=Factor, dispatcher=Sorted",
+        "(router): TopK(d_model=8, num_experts=4, jitter=0.1, k=2,",
+        "(experts): Mlp(d_model=8, d_ff=16, num_experts=4,",
+    ):
+        assert part in told, told
+    assert "Own(d_model=8, num_experts=4, k=3, normalize='never', top_groups=1, temperature=1.5)" in repr(
+        Own(8, 4, k=3, normalize="never", temperature=1.5)
+    )
+
+
 def test_leaks_are_those_of_the_parts() -> None:
     class Open(Switch):
         leaks = "looks ahead"
@@ -219,11 +239,14 @@ def test_one_bad_token_stays_alone_in_sorted() -> None:
         ({"dropped": "copy"}, "dropped must be 'zero', 'input' or 'weighted_input'; got 'copy'"),
         ({"router": partial(TopK, k=9)}, "k must be from 1 to num_experts=4"),
         ({"d_ff": 0}, "d_ff must be at least 1; got 0"),
+        ({"d_ff": 6.0}, "d_ff must be an integer; got 6.0"),
+        ({"num_experts": 4.0}, "num_experts must be an integer; got 4.0"),
+        ({"granularity": "2"}, "granularity must be an integer; got '2'"),
     ],
 )
 def test_bad_options_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        MoELayer(8, 4, **{"d_ff": 6, **options})
+        MoELayer(**{"d_model": 8, "num_experts": 4, "d_ff": 6, **options})
     assert says in str(caught.value)
 
 

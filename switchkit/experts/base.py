@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from switchkit.checks import at_least, finite_above, from_0_below_1, one_of
 from switchkit.records import Rows
+from switchkit.shown import options
 
 __all__ = ["ACTIVATIONS", "Activation", "Experts", "ExpertsFactory", "check", "expert_of_row", "init_linear"]
 
@@ -48,6 +49,9 @@ class Experts(nn.Module):
         super().__init__()
         at_least(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
+
+    def extra_repr(self) -> str:
+        return options(self)
 
     def forward(self, rows: Rows) -> Float[Tensor, "*layout D"]:
         """Each row through its own expert."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from switchkit.checks import at_least, finite_above, from_0_below_1, one_of
 from switchkit.kernels.precision import full_precision
 from switchkit.records import Routing
+from switchkit.shown import options
 
 __all__ = [
     "LinearRouter",
@@ -62,6 +63,9 @@ class Router(nn.Module):
     ) -> Routing:
         """Route each group of tokens; `limit` is the capacity, for routers that need one to choose (None: dropless)."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return options(self, "k")
 
     def rows(self, size: int, limit: int | None) -> int:
         """Rows that experts compute for a group of `size` real tokens, drops not taken off; `limit` as in `forward`."""
