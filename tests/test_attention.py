@@ -190,12 +190,12 @@ def test_the_bias_of_later_tokens_is_that_of_the_last_rows() -> None:
     ids=["heads", "grouped", "latent"],
 )
 def test_token_by_token_equals_all_at_once(attention: nn.Module) -> None:
-    attention, x = attention.double(), tokens(2, 7)
+    attention, x = attention.double(), tokens(2, 9)
     past, outputs = KeyValues(), []
-    for first, last in ((0, 2), (2, 3), (3, 6), (6, 7)):
+    for first, last in ((0, 2), (2, 3), (3, 6), (6, 7), (7, 9)):
         y, _, past = attention(x[:, first:last], past=past)
         outputs.append(y)
-    assert past.length == 7
+    assert past.length == 9
     oracle.assert_same({"y": torch.cat(outputs, 1)}, {"y": attention(x)[0]}, EXACT)
     kept = past.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.k, past.k[[1, 1, 0]])

@@ -244,6 +244,18 @@ def test_overflow_does_not_go_to_experts_that_are_closed_to_the_token() -> None:
     assert placed.taken.tolist() == [[2, 0, 0]]
 
 
+def test_overflow_of_certain_tokens_has_a_finite_gradient() -> None:
+    """In float32 the second choice, and every expert that it could move to, has a probability of exactly 0."""
+    logits = torch.tensor([200.0, 0.0, 0.0]).repeat(1, 6, 1).requires_grad_()
+    probs = logits.softmax(-1)
+    weight, expert = probs.topk(2, dim=-1)
+    routing = token_choice(logits, probs, expert, weight, torch.ones(1, 6, dtype=torch.bool))
+    placed = NoTokenLeftBehind().place(routing, 2, training=True)
+    assert placed.kept[0].tolist() == [True] * 4 + [False] * 8
+    (grad,) = torch.autograd.grad(placed.weight.square().sum(), logits)
+    assert grad.isfinite().all()
+
+
 def test_overflow_needs_tokens_that_choose() -> None:
     placed = collapsed(1)
     with pytest.raises(ValueError, match="needs a router whose tokens choose; take `factor`"):

@@ -131,12 +131,47 @@ def test_a_tied_output_layer_is_scaled_as_in_t5() -> None:
     assert "head.weight" in model(tied=False).state_dict()
 
 
+def test_sizes_reach_both_stacks() -> None:
+    options = {"sparse": [], "decoder_sparse": [1], "expert_d_ff": 5, "buckets": 12, "max_distance": 40}
+    net = model(d_ff=[12, 10], decoder_d_ff=9, norm_eps=0.5, head_width=6, **options)
+    assert [block.mlp.up.weight.shape[0] for block in net.encoder.blocks] == [12, 10]
+    first, second = (block.mlp for block in net.decoder.blocks)
+    assert (first.up.weight.shape[0], second.d_ff, second.num_experts) == (9, 5, 3)
+    assert [block.mlp.up.weight.shape[0] for block in model(d_ff=[12, 10], sparse=[]).decoder.blocks] == [12, 10]
+    for stack in (net.encoder, net.decoder):
+        assert (stack.relative.buckets, stack.relative.max_distance) == (12, 40)
+        assert {part.eps for part in stack.modules() if isinstance(part, torch.nn.RMSNorm)} == {0.5}
+        assert {(block.attention.head_width, block.attention.scale) for block in stack.blocks} == {(6, 1)}
+    assert {(block.cross.head_width, block.cross.scale) for block in net.decoder.blocks} == {(6, 1)}
+
+
 def test_dropout_is_for_training() -> None:
     net = model(dropout=0.5)
     one, two = (net.train()(TARGET, source=SOURCE).logits for _ in range(2))
     assert oracle.error(one, two) > 1e-3
     one, two = (net.eval()(TARGET, source=SOURCE).logits for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_dropout_falls_on_embeddings_and_outputs_of_both_stacks() -> None:
+    """Each entry of them is dropped or, with a half of them gone, twice as large; and it reaches every sublayer."""
+    net = model(dropout=0.5)
+    for name, parameter in net.named_parameters():
+        if name.endswith(("out.weight", "down.weight", "w2")):
+            torch.nn.init.zeros_(parameter)  # what comes into the last norm is the embeddings
+    for stack, ids in ((net.encoder, SOURCE), (net.decoder, TARGET)):
+        seen: list[torch.Tensor] = []
+        stack.norm.register_forward_hook(lambda _, given, out, seen=seen: seen.extend((given[0], out)))
+        for training, times in ((True, 2), (False, 1)):
+            seen.clear()
+            y, _, _ = stack.train(training)(net.embed(ids), None, ids, memory=net.embed(SOURCE))
+            for found, whole in ((seen[0], net.embed(ids)), (y, seen[1])):
+                # Zeros of the embeddings stay zeros behind the norm.
+                dropped = (found == 0) & (whole != 0)
+                assert (dropped.double().mean() > 0.2) == training
+                oracle.assert_same({"x": found}, {"x": times * whole.masked_fill(dropped, 0)}, EXACT)
+        parts = [part for block in stack.blocks for part in (block, block.attention, block.cross) if part is not None]
+        assert {part.dropout for part in parts} == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -126,12 +127,16 @@ def test_padded_layout_is_a_batched_product() -> None:
         oracle.assert_same({"y": y[e]}, {"y": x[e] @ weight[e] + bias[e]}, 1e-6)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["loop", "custom op"])
-def test_autocast_sets_the_dtype(known: bool) -> None:
+@pytest.mark.parametrize("layout", ["loop", "custom op", "padded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_sets_the_dtype(layout: str, dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 8), torch.randn(2, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = grouped_linear(x, rows_of(x, (3, 1), known), weight, torch.randn(2, 8))
-    assert y.dtype == torch.bfloat16
+    rows = Rows(x=x.view(2, 2, 8), load=torch.tensor([2, 2])) if layout == "padded" else rows_of(x, (3, 1))
+    if layout == "custom op":
+        rows = replace(rows, sizes=None)
+    with torch.autocast("cpu", dtype=dtype):
+        y = grouped_linear(rows.x, rows, weight, torch.randn(2, 8))
+    assert y.dtype == dtype
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # opcheck's own

@@ -140,6 +140,21 @@ def test_several_ends_leave_as_many_beginnings(ends: tuple[int, ...]) -> None:
         assert rows_of(generate(net, torch.tensor(prompts), **options)) == want
 
 
+def test_nothing_goes_on_where_every_token_ends() -> None:
+    """Under a penalty that makes up for any log-probability, which a longer sequence would win by."""
+    net = Trigram()
+    best = [[max(range(VOCAB), key=lambda t, p=prompt: log_prob(net.nats(), p, [t]))] for prompt in ([0, 1], [2, 2])]
+    found = generate(
+        net,
+        torch.tensor([[0, 1], [2, 2]]),
+        max_new_tokens=5,
+        num_beams=3,
+        length_penalty=30.0,
+        eos_id=range(VOCAB),
+    )
+    assert rows_of(found) == best
+
+
 def test_the_whole_nucleus_is_the_softmax() -> None:
     """Sums over a large vocabulary in float32 reach 1 long before its last token."""
     logits = 3 * torch.randn(150_000, generator=torch.Generator().manual_seed(0))

@@ -444,6 +444,33 @@ def test_dropout_of_a_block_is_for_training() -> None:
     assert not torch.equal(block.train()(x)[0], block(x)[0])
 
 
+class Says(nn.Module):
+    """A sublayer that returns the same number whatever comes."""
+
+    causal = True
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def key_values(self, memory: Tensor) -> Tensor:
+        return memory
+
+    def forward(self, x: Tensor, *given: object, **more: object) -> object:
+        y = torch.full_like(x, self.value)
+        return (y, (), None) if "past" in more else y
+
+
+def test_dropout_of_a_block_falls_on_the_output_of_each_sublayer() -> None:
+    """Three that say 1, 10 and 100: an entry gets twice the sum of those that were left to it, or of all of them."""
+    block = Block(Says(1), Says(10), 8, cross=Says(100), dropout=0.5)
+    x = torch.randn(4, 6, 8, dtype=torch.float64)
+    block.double()
+    added = (block(x, memory=x)[0] - x).round().unique()
+    assert added.tolist() == [0, 2, 20, 22, 200, 202, 220, 222]
+    assert (block.eval()(x, memory=x)[0] - x).round().unique().tolist() == [111]
+
+
 def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
     """Entries i and i + W/2 are one complex number; position p multiplies it by exp(1j * p * 10000 ** (-2 i / W))."""
     x = torch.randn(2, 5, 3, 8)

@@ -10,12 +10,13 @@ import oracle
 import pytest
 import torch
 from properties import EXACT
+from torch import nn
 
 from switchkit import Balance, Decoder, EncoderDecoder, Factor, Linear, MoELayer, RouterZ, Switch, TopK, every, last
 from switchkit.attention import Attention, LatentAttention
 from switchkit.layers import FeedForward
 from switchkit.models import Cache, Output, sparse_layers
-from switchkit.models.base import evaluating
+from switchkit.models.base import causal_layers, evaluating
 from switchkit.models.inputs import check_inputs
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
@@ -130,6 +131,19 @@ def test_sizes_reach_the_parts() -> None:
     assert (sparse.d_model, sparse.d_ff, sparse.num_experts) == (8, 5, 3)
     assert decoder().blocks[1].mlp.d_ff == 12
     assert sparse.router is not model.blocks[3].mlp.router
+    norms = [part for part in decoder(norm="rms", norm_eps=0.5).modules() if isinstance(part, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [0.5] * 9
+
+
+def test_only_the_encoder_of_what_reads_a_source_may_see_later_tokens() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = (nn.ModuleList([MoELayer(8, 2, d_ff=4)]) for _ in range(2))
+
+    assert list(causal_layers(Own())) == ["encoder.0", "decoder.0"]
+    model = EncoderDecoder(11, d_model=8, encoder_layers=1, num_heads=2, d_ff=8, sparse="every(1)")
+    assert list(causal_layers(model)) == ["decoder.blocks.0.mlp"]
 
 
 def test_the_output_layer_is_the_embedding() -> None:
@@ -368,3 +382,27 @@ def test_dense_layers_have_the_dropout_that_they_are_given(net):
     for given, wanted in (({}, 0.0 if net is Decoder else 0.25), ({"dropout": 0.5}, 0.5)):
         made = net(11, feed_forward=partial(FeedForward, **given), **sizes)
         assert {part.dropout for part in made.modules() if isinstance(part, FeedForward)} == {wanted}
+
+
+def silent(net: torch.nn.Module) -> torch.nn.Module:
+    """With sublayers that add nothing, so that what comes into the last norm is the embeddings."""
+    for name, parameter in net.named_parameters():
+        if name.endswith(("out.weight", "down.weight", "w2")):
+            torch.nn.init.zeros_(parameter)
+    return net
+
+
+def test_dropout_of_a_decoder_falls_on_embeddings_and_reaches_its_blocks() -> None:
+    """Each entry is dropped or, with a half of them gone, twice as large."""
+    net = silent(decoder(dropout=0.5, positions="learned"))
+    found: list[torch.Tensor] = []
+    net.norm.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    tokens = ids()
+    net.train()(tokens)
+    net.eval()(tokens)
+    whole = net.embed(tokens) + net.position(torch.arange(10))
+    assert torch.equal(found[1], whole)
+    dropped = found[0] == 0
+    assert 0.3 < dropped.double().mean() < 0.7
+    oracle.assert_same({"x": found[0]}, {"x": 2 * whole.masked_fill(dropped, 0)}, EXACT)
+    assert {(block.dropout, block.attention.dropout) for block in net.blocks} == {(0.5, 0.5)}

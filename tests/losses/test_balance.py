@@ -221,7 +221,7 @@ def test_sequences_are_found_whatever_the_groups(group, loss) -> None:
     assert oracle.error(loss([record(capacity="dropless", group=group)]), expected) < 1e-12
 
 
-@pytest.mark.parametrize(("group", "groups"), [(5, 5), (6, 4), (20, 2)])
+@pytest.mark.parametrize(("group", "groups"), [(5, 5), (6, 4), (20, 2), (50, 1)])
 def test_sequences_that_a_record_does_not_tell_apart_are_refused(group: int, groups: int) -> None:
     """4 groups of 6 could be 3 sequences of 8, and are 3 of 7 here."""
     with pytest.raises(ValueError, match=f"3 sequences are routed in {groups} groups of {group} tokens"):
