@@ -110,7 +110,9 @@ def mean_probs(routing: Routing) -> Float[Tensor, "E"]:
 
 def mean_square_logsumexp(routing: Routing) -> Float[Tensor, ""]:
     """Mean over the real tokens of ``logsumexp(logits) ** 2``; zero when there is none."""
-    square = routing.logits.logsumexp(-1).square().masked_fill(~routing.valid, 0)
+    # Masked on both sides: what is not finite in padding would have a gradient of NaN, not of zero.
+    logits = routing.logits.masked_fill(~routing.valid.unsqueeze(-1), 0)
+    square = logits.logsumexp(-1).square().masked_fill(~routing.valid, 0)
     return square.sum() / routing.valid.sum().clamp(min=1)
 
 
