@@ -115,9 +115,10 @@ def test_cross_attention_looks_at_real_tokens_of_the_other_sequence() -> None:
     oracle.assert_same({"y": got}, {"y": expected.transpose(1, 2).flatten(2) @ cross.out.weight.t()}, EXACT)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3, None])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("learns", [True, False], ids=["bias learns", "fixed bias"])
-def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool) -> None:
+def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool, scale: float | None) -> None:
     """Both ways that a CPU takes, gradient of the bias included."""
     q, k, v = (split(tokens() @ torch.randn(8, 8, dtype=torch.float64), 2) for _ in range(3))
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=learns)
@@ -128,7 +129,7 @@ def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool) -> None:
         else [[sorted({*valid[b].nonzero().flatten().tolist(), t}) for t in range(5)] for b in (0, 1)]
     )
     see = seen(5, valid, causal=False)
-    got, expected = attend(q, k, v, see=see, bias=bias, scale=1.0), pairs(q, k, v, sees, 1.0, bias[0])
+    got, expected = attend(q, k, v, see=see, bias=bias, scale=scale), pairs(q, k, v, sees, scale or 0.5, bias[0])
     results = [{"y": got}, {"y": expected}]
     if learns:
         loss = torch.randn_like(got)
@@ -144,6 +145,10 @@ def test_a_bias_does_not_open_the_future(learns: bool) -> None:
     (grad,) = torch.autograd.grad(attention(x, bias=bias)[0][:, :3].square().sum(), x)
     assert (grad[:, :3] != 0).any(-1).all()
     assert (grad[:, 3:] == 0).all()
+    valid = torch.tensor([[True] * 5, [True, False, True, True, True]])
+    q, k, v = (split(tokens(), 2) for _ in range(3))
+    both = attend(q, k, v, see=seen(5, valid, causal=False), bias=bias, causal=True)
+    oracle.assert_same({"y": both}, {"y": attend(q, k, v, see=seen(5, valid, causal=True), bias=bias)}, EXACT)
 
 
 def test_a_query_that_sees_nothing_stays_finite() -> None:
@@ -199,6 +204,25 @@ def test_token_by_token_equals_all_at_once(attention: nn.Module) -> None:
     oracle.assert_same({"y": torch.cat(outputs, 1)}, {"y": attention(x)[0]}, EXACT)
     kept = past.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.k, past.k[[1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Attention(8, 2, rotary=True, rope_base=20.0),
+        LatentAttention(8, 2, kv_rank=6, nope_width=3, rope_width=4, v_width=5, rope_base=20.0),
+    ],
+    ids=["heads", "latent"],
+)
+def test_layers_alike_may_share_how_they_turn(attention: Attention | LatentAttention) -> None:
+    attention, x = attention.double(), tokens(2, 7)
+    alone = attention(x)[0]
+    assert torch.equal(attention(x, places=attention.places(x))[0], alone)
+    _, _, past = attention(x[:, :4], past=KeyValues())
+    later = attention(x[:, 4:], past=past, places=attention.places(x[:, 4:], 4))[0]
+    oracle.assert_same({"y": later}, {"y": alone[:, 4:]}, EXACT)
+    attention.rope_base = 10_000.0
+    assert oracle.error(attention(x)[0], alone) > 1e-4
 
 
 def test_keys_and_values_stay_what_they_are() -> None:

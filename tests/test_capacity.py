@@ -208,6 +208,9 @@ def test_no_token_left_behind_in_rounds(drawn: tuple[Routing, int], rounds: int)
             if n in seat:
                 assert placed.expert[g, n] == seat[n]
                 assert abs(placed.weight[g, n] - routing.probs[g, n // k, seat[n]]) < 1e-12
+            else:
+                assert placed.expert[g, n] == routing.expert[g, n]
+                assert placed.weight[g, n] == routing.weight[g, n]
         assert placed.taken is None or placed.taken[g].tolist() == taken
         assert placed.load[g].tolist() == [
             sum(int(routing.expert[g, n]) == e for n in chosen) for e in range(len(taken))
@@ -293,8 +296,10 @@ def test_orders_that_leak_say_so() -> None:
     assert NoTokenLeftBehind(None).leaks(1) is None
 
 
-def test_the_training_factor_may_be_set() -> None:
+def test_the_factors_may_be_set() -> None:
     policy = Factor(1.0)
+    policy.eval = 2.5
+    assert [policy.limit(6, 3, 1, training=training) for training in (True, False)] == [2, 5]
     policy.train = 1.5
     assert policy.limit(6, 3, 1, training=True) == 3
     policy.train = None

@@ -130,13 +130,17 @@ def test_few_beams_search_as_a_loop_over_lists_does(beams: int, alpha: float) ->
         assert rows_of(generate(net, torch.tensor(prompts), use_cache=False, **options)) == want
 
 
+@pytest.mark.parametrize("alpha", [2.0, 30.0])
 @pytest.mark.parametrize("ends", [(0, EOS), (0, 1, EOS)])
-def test_several_ends_leave_as_many_beginnings(ends: tuple[int, ...]) -> None:
+def test_several_ends_leave_as_many_beginnings(ends: tuple[int, ...], alpha: float) -> None:
+    """Where most of the best continuations end, and where a penalty makes the longest sequence win."""
     prompts = [[0, 1], [2, 2], [1, 0], [2, 1], [0, 0]]
     for seed in range(6):
         net = Trigram(seed=seed)
-        want = [by_hand(net, prompt, 3, 5, 2.0, ends) for prompt in prompts]
-        options = {"max_new_tokens": 5, "num_beams": 3, "length_penalty": 2.0, "eos_id": ends}
+        with torch.no_grad():
+            net.table[..., list(ends)] += 3 * (alpha > 2)
+        want = [by_hand(net, prompt, 3, 5, alpha, ends) for prompt in prompts]
+        options = {"max_new_tokens": 5, "num_beams": 3, "length_penalty": alpha, "eos_id": ends}
         assert rows_of(generate(net, torch.tensor(prompts), **options)) == want
 
 
@@ -314,6 +318,17 @@ def test_a_full_context_forgets_its_older_half(use_cache: bool) -> None:
     assert found.tokens.tolist() == [new]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_context_of_one_token_keeps_the_newest(use_cache: bool) -> None:
+    net = Trigram(context=1)
+    found = generate(net, torch.tensor([[0, 1]]), max_new_tokens=4, temperature=0, use_cache=use_cache)
+    wanted = [1]
+    for _ in range(4):
+        wanted.append(int(net.table[wanted[-1], wanted[-1]].argmax()))
+    assert found.tokens.tolist() == [wanted[1:]]
+    assert net.calls.sizes == [1] * 4
+
+
 def test_modes_and_gradients_are_left_as_they_were() -> None:
     net = Trigram().train()
     net.dropout.eval()
@@ -347,6 +362,7 @@ def test_no_tokens_are_none() -> None:
     [
         ({"temperature": math.nan}, "temperature must be a finite number >= 0"),
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]; got 1.5"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0; got -1"),
         ({"num_beams": 0}, r"num_beams must be at least 1 \(1: no search\); got 0"),
@@ -358,6 +374,7 @@ def test_no_tokens_are_none() -> None:
         ({"valid": torch.tensor([[False, False]])}, "row 0 of the prompt is empty"),
         ({"valid": torch.tensor([[True]])}, r"the prompt has shape \[1, 2\] and its valid \[1, 1\]"),
         ({"generator": [torch.Generator()] * 2}, "one for each of 1 rows; got a list of 2"),
+        ({"generator": []}, "one for each of 1 rows; got a list of 0"),
         ({"source": torch.tensor([[1]])}, "a Trigram goes on from tokens and reads no source"),
     ],
 )
@@ -434,8 +451,17 @@ def test_several_prompts_as_one_would_be_alone(positions: str) -> None:
             own = {"generator": torch.Generator().manual_seed(seed)} if draws else {}
             assert list(continuation(net, prompt, 8, eos_id=4, **options, **own)) == found[seed]
     assert "does not fit into the context of 16" in str(one_at_a_time(net, prompts, 12))
+    assert one_at_a_time(net, prompts, 11) is None, "the last token is not read any more"
     assert one_at_a_time(net, prompts[:1] * 2, 99) is None
     assert "does not say whether padding" in str(one_at_a_time(nn.Linear(1, 1), prompts, 1))
+
+
+def test_several_sources_as_one_would_be_alone() -> None:
+    net = encoder_decoder(start_id=2)
+    sources = [torch.randint(1, 11, (n,)) for n in (1, 7, 3)]
+    for options in ({"temperature": 0}, {"num_beams": 2}):
+        found = completions(net, sources, 8, eos_id=4, **options)
+        assert found == [list(continuation(net, source, 8, eos_id=4, **options)) for source in sources]
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -483,6 +509,13 @@ def test_a_capacity_that_binds_is_decoded_without_a_cache() -> None:
     for _ in range(6):
         whole = torch.cat([whole, net(whole).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, whole[:, 5:])
+
+
+def test_sources_whose_encoder_has_a_capacity_do_not_share_a_batch() -> None:
+    """Padding counts in it; the decoder alone would have a cache."""
+    net = encoder_decoder(moe=partial(MoELayer, router=TopK, capacity=partial(Factor, 1.0, 1.0)), decoder_sparse=[])
+    assert net.uncacheable is None
+    assert "Factor limits the capacity" in str(one_at_a_time(net, [torch.tensor([1, 2]), torch.tensor([3])], 4))
 
 
 @pytest.mark.parametrize("group", ["batch", 4])

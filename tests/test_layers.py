@@ -121,6 +121,13 @@ def test_ids_are_grouped_as_tokens_are(group: str | int) -> None:
     assert chosen.tolist() == [int(i) % 4 for i in ids.flatten()]
 
 
+@pytest.mark.parametrize(("group", "shape"), [(4, (3, 4)), (5, (3, 5)), (6, (2, 6)), (12, (1, 12)), (13, (1, 13))])
+def test_there_are_as_many_groups_as_tokens_fill(group: int, shape: tuple[int, int]) -> None:
+    _, routing = MoELayer(8, 4, d_ff=6, group=group)(torch.randn(3, 4, 8))
+    assert routing.valid.shape == shape
+    assert routing.valid.flatten().tolist() == [True] * 12 + [False] * (routing.valid.numel() - 12)
+
+
 def test_granularity_cuts_experts_into_pieces() -> None:
     layer = MoELayer(8, 4, d_ff=6, granularity=3, router=partial(TopK, k=6))
     assert (layer.num_experts, layer.d_ff, layer.router.num_experts) == (12, 2, 12)

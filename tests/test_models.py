@@ -12,7 +12,20 @@ import torch
 from properties import EXACT
 from torch import nn
 
-from switchkit import Balance, Decoder, EncoderDecoder, Factor, Linear, MoELayer, RouterZ, Switch, TopK, every, last
+from switchkit import (
+    Balance,
+    Decoder,
+    EncoderDecoder,
+    Factor,
+    Hash,
+    Linear,
+    MoELayer,
+    RouterZ,
+    Switch,
+    TopK,
+    every,
+    last,
+)
 from switchkit.attention import Attention, LatentAttention
 from switchkit.layers import FeedForward
 from switchkit.models import Cache, Output, sparse_layers
@@ -105,6 +118,19 @@ def test_records_of_sparse_attention_come_before_those_of_its_block() -> None:
         Decoder(7, d_model=8, num_heads=2, sparse=[], sparse_attention="every(1)", attention_moe=loud)
 
 
+def test_token_ids_reach_every_sparse_layer() -> None:
+    """Hash layers of one seed decide alike: those of attention, of blocks, and of either side of an encoder-decoder."""
+    hashed = partial(MoELayer, router=Hash)
+    options = {"moe": hashed, "sparse": "every(1)"}
+    model = decoder(sparse_attention=[1], attention_moe=partial(hashed, experts=Linear), **options)
+    alone = Hash(8, 3)
+    wanted = alone(torch.zeros(3, 10, 8), None, torch.ones(3, 10, dtype=torch.bool), ids()).expert
+    assert [torch.equal(r.expert, wanted) for r in model(ids()).routings] == [True] * 7
+    sizes = {"d_model": 8, "encoder_layers": 1, "num_heads": 2, "d_ff": 12, "num_experts": 3}
+    both = EncoderDecoder(11, **sizes, **options)(ids()[:, 4:], source=ids()).routings
+    assert [torch.equal(r.expert, e) for r, e in zip(both, (wanted, wanted[:, 4:]), strict=True)] == [True] * 2
+
+
 def test_a_dense_model_has_no_records_and_no_losses() -> None:
     model = decoder(sparse=[])
     out = model(ids())
@@ -132,6 +158,8 @@ def test_sizes_reach_the_parts() -> None:
     assert decoder().blocks[1].mlp.d_ff == 12
     assert sparse.router is not model.blocks[3].mlp.router
     norms = [part for part in decoder(norm="rms", norm_eps=0.5).modules() if isinstance(part, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [0.5] * 9
+    norms = [part for part in decoder(norm_eps=0.5).modules() if isinstance(part, nn.LayerNorm)]
     assert [norm.eps for norm in norms] == [0.5] * 9
 
 
@@ -207,6 +235,21 @@ def test_batches_of_nothing_and_of_padding_stay_finite() -> None:
     out = model(ids(), torch.zeros(3, 10, dtype=torch.bool))
     assert out.logits.isfinite().all()
     assert Balance()(out.routings) == RouterZ()(out.routings) == 0
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_cache_that_began_without_padding_may_go_on_with_it(positions: str) -> None:
+    """And the other way round: what is not said is real."""
+    model, tokens = decoder(positions=positions).eval(), ids()
+    for padded in (slice(5, 7), slice(1, 3)):
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        valid[1, padded] = False
+        whole = model(tokens, valid).logits
+        first = None if padded.start == 5 else valid[:, :4]
+        cache = model(tokens[:, :4], first, cache=Cache()).cache
+        later = model(tokens[:, 4:], valid[:, 4:] if first is None else None, cache=cache).logits
+        real = valid[:, 4:]
+        oracle.assert_same({"y": later[real]}, {"y": whole[:, 4:][real]}, EXACT)
 
 
 def test_a_sequence_longer_than_the_context_is_refused() -> None:

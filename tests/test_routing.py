@@ -8,6 +8,7 @@ import re
 import oracle
 import pytest
 import torch
+from properties import takes
 from shapes import unchecked
 from torch import Tensor
 
@@ -152,9 +153,10 @@ def test_switch_samples_from_the_softmax(temperature: float) -> None:
     assert torch.equal(r.weight, r.probs.gather(-1, r.expert.unsqueeze(-1)).squeeze(-1))
 
 
-def test_jitter_multiplies_by_what_it_says() -> None:
+@pytest.mark.parametrize("name", [name for name, cls in named(Router).items() if takes(cls, "jitter")])
+def test_jitter_multiplies_by_what_it_says(name: str) -> None:
     """With one input at a time, the ratio of logits with and without jitter is the factor: uniform in [0.7, 1.3]."""
-    router = Switch(1, 2, jitter=0.3).double()
+    router = named(Router)[name](1, 2, jitter=0.3).double()
     x = torch.ones(1, 5000, 1, dtype=torch.float64)
     ratio = (route(router, x, training=True).logits / route(router, x).logits)[0, :, 0]
     assert 0.7 <= ratio.min() < 0.71
@@ -180,6 +182,23 @@ def test_linear_routers_start_small_and_truncated() -> None:
         assert abs(weight.std() / std - 0.88) < 0.02
 
 
+@pytest.mark.parametrize("name", [name for name, cls in named(Router).items() if takes(cls, "init_std")])
+def test_a_deviation_of_ones_own_is_not_truncated(name: str) -> None:
+    weight = named(Router)[name](400, 50, init_std=0.5).weight
+    assert abs(weight.std() / 0.5 - 1) < 0.02
+    assert weight.abs().max() > 1.5
+
+
+@pytest.mark.parametrize("name", [name for name, cls in named(Router).items() if cls(D, E).uneven is None])
+@pytest.mark.parametrize("limit", [None, 3, 20])
+def test_rows_that_experts_compute_are_those_of_the_load(name: str, limit: int | None) -> None:
+    """Nothing dropped: what a plan counts beforehand is what the record holds."""
+    router = named(Router)[name](D, E, **({"k": 3} if takes(named(Router)[name], "k") else {})).double()
+    x = tokens(2, 9)
+    r = router.eval()(x, limit, torch.ones(2, 9, dtype=torch.bool), torch.arange(18).view(2, 9))
+    assert Factor(eval=None).place(r, None, training=False).load.sum(1).tolist() == [router.rows(9, limit)] * 2
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_random_draws_k_different_experts_evenly(k: int) -> None:
     n = 8000
@@ -203,6 +222,9 @@ def test_random_reads_a_table_by_position_in_evaluation() -> None:
     assert ((share - 0.5).abs() <= 5 * math.sqrt(0.25 / n)).all()
     pairs = torch.bincount((r.expert[0].view(n, 2) * torch.tensor([E, 1])).sum(1), minlength=E * E) / n
     assert ((pairs > 0).sum() == E * (E - 1)).item(), "every ordered pair occurs"
+    first, p = r.expert[0, ::2], 1 / E**2
+    neighbours = torch.bincount(first[:-1] * E + first[1:], minlength=E * E) / (n - 1)
+    assert ((neighbours - p).abs() <= 5 * math.sqrt(p * (1 - p) / n)).all(), "one says nothing of the next"
     valid = torch.ones(1, n, dtype=torch.bool)
     valid[0, [0, 5, 6]] = False
     shifted = route(Random(D, E, k=2), tokens(1, n), valid)

@@ -59,6 +59,13 @@ def test_bad_tokens_are_counted_where_they_are_real(bad: float) -> None:
     assert y[1:].isfinite().all()
 
 
+def test_padding_is_no_bad_token() -> None:
+    """Of a router whose weights are not finite any more, which scores padding badly too."""
+    record = routed(Case(k=2))
+    assert not record.valid.all()
+    assert stats.bad_tokens(replace(record, logits=record.logits * float("nan"))) == record.valid.sum()
+
+
 def test_an_expert_that_is_closed_to_a_token_makes_it_no_bad_one() -> None:
     routing = run(Case().layer(), *Case().inputs())[1]
     logits = routing.logits.detach().clone()
@@ -80,6 +87,18 @@ def test_scores_of_certainty_and_of_none() -> None:
     entropy, confidence = stats.scores(collapsed(1, k=2))
     assert entropy.item() == pytest.approx(6 * math.log(2))
     assert confidence.item() == pytest.approx(3)
+
+
+def test_scores_of_gates_are_those_of_their_shares() -> None:
+    """Probabilities that add up to anything, or to nothing for one token, which then counts for none."""
+    record = routed(Case(k=2))
+    times = torch.rand(*record.valid.shape, 1, dtype=torch.float64) + 0.1
+    times[0, 0] = 0
+    found = stats.scores(replace(record, probs=times * record.probs))
+    real = [p for g, p in enumerate(record.probs) for p in p[record.valid[g] & (times[g, :, 0] > 0)].tolist()]
+    assert len(real) == record.valid.sum() - 1
+    assert found[0].item() == pytest.approx(-sum(p * math.log(p) for row in real for p in row))
+    assert found[1].item() == pytest.approx(sum(max(row) for row in real))
 
 
 def test_scores_of_padding_alone_are_zero() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from properties import collapsed
 
-from switchkit import LinearRouter, Orthogonality, token_choice
+from switchkit import LinearRouter, Orthogonality, Router, named, token_choice
 from switchkit.routing.base import softmax
 
 
@@ -58,6 +58,17 @@ def test_its_gradient_reaches_the_router() -> None:
         Orthogonality()([router(x, None, valid)]).backward()
         optimizer.step()
     assert Orthogonality()([router(x, None, valid)]) < 0.01 * before
+
+
+@pytest.mark.parametrize("name", [name for name, cls in named(Router).items() if issubclass(cls, LinearRouter)])
+def test_every_linear_router_hands_its_rows_over(name: str) -> None:
+    router = named(Router)[name](6, 4)
+    loss = Orthogonality()([router.eval()(torch.randn(1, 5, 6), None, torch.ones(1, 5, dtype=torch.bool))])
+    rows = router.weight / router.weight.norm(dim=1, keepdim=True)
+    expected = sum((rows[a] @ rows[b]) ** 2 for a in range(4) for b in range(4) if a != b) / 12
+    grads = (torch.autograd.grad(x, router.weight)[0] for x in (loss, expected))
+    assert oracle.error(loss, expected) < 1e-5
+    assert oracle.error(*grads) < 1e-5
 
 
 def test_a_router_without_rows_is_refused() -> None:

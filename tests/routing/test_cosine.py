@@ -81,6 +81,16 @@ def test_a_token_of_zeros_has_even_odds_and_a_bounded_gradient() -> None:
     assert torch.equal(r.probs, torch.full_like(r.probs, 1 / E))
     grads = oracle.gradients(r.weight[0, 0], x=x, **dict(router.named_parameters()))
     assert all(grad.isfinite().all() for grad in grads.values())
+    # The floor of 1e-6 in place of the norm: d logit / d x = P^T unit(e) / (1e-6 * temperature).
+    (grad,) = torch.autograd.grad(route(router, x).logits[0, 0, 1], x)
+    unit = router.embedding[1] / router.embedding[1].norm()
+    assert oracle.error(grad[0, 0], 1e6 / 0.07 * unit @ router.projection) < 1e-5
+
+
+def test_projections_and_experts_start_with_a_length_of_one() -> None:
+    router = Cosine(800, 100, width=50)
+    assert abs(router.projection.std() * 800**0.5 - 1) < 0.02
+    assert abs(router.embedding.std() * 50**0.5 - 1) < 0.05
 
 
 def test_the_projection_is_half_as_wide_and_no_wider_than_256() -> None:

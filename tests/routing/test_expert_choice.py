@@ -36,6 +36,17 @@ def decisions(r: Routing, g: int) -> dict[tuple[int, int], tuple[int, float]]:
     return {(int(order[t]), int(e)): (int(c), w) for t, e, c, w, chosen in made if chosen}
 
 
+def test_padding_comes_behind_tokens_of_probability_zero() -> None:
+    """In float32 the second expert's is exactly 0 for each of the two real tokens, which it takes nevertheless."""
+    router = ExpertChoice(1, 2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[200.0], [0.0]]))
+    valid = torch.tensor([[False, False, True, True]])
+    r = router(torch.ones(1, 4, 1) * valid.unsqueeze(-1), 2, valid)
+    assert r.probs[0, 2:].tolist() == [[1, 0], [1, 0]]
+    assert r.load.tolist() == [[2, 2]]
+
+
 @pytest.mark.parametrize(
     ("limit", "factor"), [(None, 2.0), (None, 1.0), (None, 0.1), (None, 50.0), (1, 2.0), (20, 2.0)]
 )

@@ -47,6 +47,16 @@ def test_it_is_the_loop(normalize: str, policy: str, training: bool) -> None:
     assert r.chosen[:, 1::2].all() == (policy == "all")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_second_choice_at_the_threshold_is_not_sent(training: bool) -> None:
+    """Of certain tokens in float32 its weight is exactly 0, which is not above a threshold of 0."""
+    router = GShard(1, 3, second="threshold", eval_second="threshold", threshold=0.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[200.0], [0.0], [0.0]]))
+    r = route(router, torch.tensor([[[1.0], [0.01]]]), training=training)
+    assert r.chosen.tolist() == [[True, False, True, True]]
+
+
 @pytest.mark.parametrize("multiplier", [1.0, 2.0, 5.0])
 def test_the_second_is_sent_in_proportion(multiplier: float) -> None:
     """With probability min(1, multiplier * g2 / (g1 + g2)) in training; always in evaluation."""

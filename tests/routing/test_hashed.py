@@ -70,6 +70,15 @@ def test_a_balanced_table_deals_the_vocabulary_evenly(vocab: int, k: int) -> Non
         assert not torch.equal(experts(router, vocab), other)
 
 
+def test_ids_that_never_occur_go_to_those_with_the_fewest_ids() -> None:
+    """Expert 0 has one frequent id and expert 1 three rarer ones: of six more, four and two make five each."""
+    for seed in range(3):
+        router = Hash(D, 2, table="balanced", counts=[90, 30, 30, 30, *([0] * 6)], seed=seed)
+        table = experts(router, 10).flatten()
+        assert sorted(torch.bincount(table[:4]).tolist()) == [1, 3]
+        assert torch.bincount(table).tolist() == [5, 5]
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_counts_go_most_frequent_first_to_the_least_loaded(k: int) -> None:
     """Replayed: in order of frequency each id went to the k experts with the fewest tokens at that moment."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchkit import CapacityPolicy, Dispatcher, MoELayer, Routing, Soft, named
+from switchkit.routing.soft import soft
 
 D, E = 6, 3
 
@@ -191,3 +192,16 @@ def test_it_starts_with_a_scale_of_one_and_vectors_of_length_one() -> None:
 def test_slots_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="slots must be at least 1; got 0"):
         Soft(D, E, slots=0)
+
+
+def test_padding_is_behind_the_smallest_of_logits() -> None:
+    """Far below -1e4, as without `normalize` they may be: the real tokens share the whole of each slot."""
+    logits = -1e6 - torch.arange(6.0).view(1, 3, 2)
+    dispatch, _ = soft(logits, torch.tensor([[True, False, True]]))
+    torch.testing.assert_close(dispatch[0, [0, 2]], logits[0, [0, 2]].softmax(0))
+    assert dispatch[0, 1].tolist() == [0, 0]
+
+
+def test_rows_are_those_of_the_slots() -> None:
+    router = Soft(6, 4, slots=3)
+    assert [router.rows(size, limit) for size, limit in ((1, None), (9, None), (9, 2))] == [12] * 3
