@@ -249,6 +249,15 @@ def test_positions_go_on_where_they_stopped() -> None:
     assert not torch.equal(rotate(x[:, 4:]), rotate(x)[:, 4:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_late_places_in_half_precision_turn_by_their_own_angle(dtype: torch.dtype) -> None:
+    """Bfloat16 has no number between 1000 and 1004: an angle in it would be off by radians, not by a rounding."""
+    x = torch.randn(1, 9, 2, 8).to(dtype)
+    found, exact = rotate(x, start=1000), rotate(x.double(), start=1000)
+    assert found.dtype == dtype
+    assert oracle.error(found.double(), exact) < 0.02
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [

@@ -291,9 +291,13 @@ def test_orders_that_leak_say_so() -> None:
         assert (Factor(order=order).leaks(k) is not None) == leaks, (order, k)
         assert (Fixed(order=order).leaks(k) is not None) == leaks
         assert Factor(None, None, order=order).leaks(k) is None, "nothing is dropped"
+        assert Fixed(None, None, order=order).leaks(k) is None
+        for policy in (Factor, Fixed):
+            assert (policy(None, 1, order=order).leaks(k) is not None) == leaks, "in evaluation"
     assert NoTokenLeftBehind().leaks(1)
     assert NoTokenLeftBehind(rounds=1).leaks(1) is None
     assert NoTokenLeftBehind(None).leaks(1) is None
+    assert NoTokenLeftBehind(None, 1.0).leaks(1)
 
 
 def test_the_factors_may_be_set() -> None:

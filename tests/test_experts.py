@@ -223,6 +223,14 @@ def test_weights_start_truncated_by_fan_in(cls: type[Experts]) -> None:
         assert abs(weight.std() / std - 0.88) < 0.02
 
 
+def test_experts_that_are_alike_start_as_copies_of_one() -> None:
+    experts = Mlp(6, 5, 4, alike=True)
+    for weight in (experts.w1, experts.w2):
+        assert torch.equal(weight, weight[:1].expand_as(weight))
+        assert weight[0].unique().numel() == 30
+        assert weight.is_contiguous()
+
+
 @pytest.mark.parametrize("name", list(named(Experts)))
 @pytest.mark.parametrize("load", LOADS, ids=str)
 def test_rows_of_no_expert_come_back_as_zeros(name: str, load: tuple[int, ...]) -> None:

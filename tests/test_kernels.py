@@ -99,6 +99,16 @@ def test_large_numbers_overflow_nowhere() -> None:
         assert torch.equal(found, torch.tensor([[0.0, 1.0, 0.0, 1e3]]))
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_gate_of_zero_has_the_slope_that_torch_gives_it(activation: str) -> None:
+    """Of a ReLU none, as for rows that fill up."""
+    hidden = torch.tensor([[0.0, 0.0, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    gate, value = hidden.chunk(2, -1)
+    (wanted,) = torch.autograd.grad((ACTIVATIONS[activation](gate) * value).sum(), hidden)
+    found = gated_backward(torch.ones(1, 2, dtype=torch.float64), hidden.detach(), activation)
+    torch.testing.assert_close(found, wanted)
+
+
 # One group, many groups, more assignments than one program takes at a time, more experts than that, nothing.
 @pytest.mark.parametrize(
     ("groups", "n", "experts"),

@@ -26,6 +26,7 @@ from switchkit import (
 )
 from switchkit.capacity.base import place_by_arrival
 from switchkit.losses.balance import balance
+from switchkit.losses.base import alone
 from switchkit.routing.base import token_choice
 
 
@@ -96,6 +97,30 @@ def test_scale_k_is_the_mean_number_of_choices_aimed_at(router: str, aim: float,
     assert oracle.error(Balance(scale="k", layers=layers)([r, r]), times * aim * loop) < 1e-12
     even = replace(r, probs=torch.full_like(r.probs, 1 / 6))
     assert Balance(scale="k", layers=layers)([even, even]).item() == pytest.approx(times * aim)
+
+
+@pytest.mark.parametrize("layers", ["mean", "sum"])
+def test_counts_of_a_step_take_the_place_of_the_micro_batchs(layers: str) -> None:
+    """A row for each layer, filled up to the widest; the probabilities are the micro-batch's own."""
+    wide, narrow = record(), run(Case(k=2, num_experts=3).layer(), *Case().inputs())[1]
+    counted = torch.tensor([[5, 1, 2, 8], [4, 3, 1, 0]])
+    terms = []
+    for r, row in ((wide, [5, 1, 2, 8]), (narrow, [4, 3, 1])):
+        mean = r.probs[r.valid].mean(0)
+        terms.append(len(row) * sum(count / sum(row) * p for count, p in zip(row, mean, strict=True)))
+    expected = (terms[0] + terms[1]) / (2 if layers == "mean" else 1)
+    loss = Balance(scope="rank", layers=layers)
+    assert oracle.error(loss([wide, narrow], counted), expected) < 1e-12
+    own = Balance(layers=layers)([wide, narrow])
+    assert oracle.error(alone(loss, [wide, narrow]), own) < 1e-12
+
+
+def test_pooled_layers_share_the_counts_of_a_step() -> None:
+    first, second = record(), record(seed=1)
+    mean = torch.cat([first.probs[first.valid], second.probs[second.valid]]).mean(0)
+    expected = 4 * (torch.tensor([6, 3, 3, 12]) / 24 * mean).sum()
+    found = Balance(scope="rank", layers="pooled")([first, second], torch.tensor([[5, 1, 2, 8], [1, 2, 1, 4]]))
+    assert oracle.error(found, expected) < 1e-6
 
 
 def test_first_choices_are_the_best() -> None:
