@@ -259,6 +259,19 @@ def test_overflow_of_certain_tokens_has_a_finite_gradient() -> None:
     assert grad.isfinite().all()
 
 
+def test_without_a_capacity_nothing_overflows() -> None:
+    """As in evaluation by default: the record is that of a dropless layer."""
+    probs = torch.tensor([[0.7, 0.2, 0.1]] * 5 + [[0.1, 0.2, 0.7]]).unsqueeze(0)
+    weight, expert = probs.topk(1, dim=-1)
+    routing = token_choice(probs.log(), probs, expert, weight, torch.ones(1, 6, dtype=torch.bool))
+    policy = NoTokenLeftBehind()
+    assert policy.limit(6, 3, 1, training=False) is None
+    found, plain = (p.place(routing, None, training=False) for p in (policy, Dropless()))
+    for name in ("slot", "kept", "load", "expert", "weight"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    assert found.capacity is None
+
+
 def test_overflow_needs_tokens_that_choose() -> None:
     placed = collapsed(1)
     with pytest.raises(ValueError, match="needs a router whose tokens choose; take `factor`"):
