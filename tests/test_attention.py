@@ -243,6 +243,15 @@ def test_keys_and_values_stay_what_they_are() -> None:
         assert torch.equal(past.v, v)
 
 
+def test_matrices_start_by_their_own_fan_in() -> None:
+    """With heads wider than d_model / num_heads, the output's is another than the width of a token."""
+    wide = Attention(16, 4, head_width=64)
+    for matrix, fan_in in ((wide.qkv, 16), (wide.out, 256)):
+        std = (0.1 / fan_in) ** 0.5
+        assert matrix.weight.abs().max() <= 2 * std
+        assert abs(matrix.weight.std() / std - 0.88) < 0.05
+
+
 def test_positions_go_on_where_they_stopped() -> None:
     x = torch.randn(2, 6, 3, 8)
     assert torch.equal(rotate(x[:, 4:], start=4), rotate(x)[:, 4:])

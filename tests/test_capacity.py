@@ -259,6 +259,23 @@ def test_overflow_of_certain_tokens_has_a_finite_gradient() -> None:
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_what_moves_has_the_gradient_of_where_it_went(scale: float) -> None:
+    """The weight is as if the router had chosen the expert that took the token, in value and gradient."""
+    logits = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64).repeat(1, 6, 1).requires_grad_()
+    probs = logits.softmax(-1)
+    weight, expert = probs.topk(1, dim=-1)
+    routing = token_choice(logits, probs, expert, scale * weight, torch.ones(1, 6, dtype=torch.bool))
+    placed = NoTokenLeftBehind().place(routing, 2, training=True)
+    assert placed.expert[0].tolist() == [0, 0, 1, 1, 2, 2]
+    probe = torch.randn(1, 6, dtype=torch.float64)
+    wanted = scale * probs.gather(-1, placed.expert.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(placed.weight, wanted)
+    both = (placed.weight, wanted)
+    found, right = (torch.autograd.grad((w * probe).sum(), logits, retain_graph=True)[0] for w in both)
+    torch.testing.assert_close(found, right)
+
+
 def test_without_a_capacity_nothing_overflows() -> None:
     """As in evaluation by default: the record is that of a dropless layer."""
     probs = torch.tensor([[0.7, 0.2, 0.1]] * 5 + [[0.1, 0.2, 0.7]]).unsqueeze(0)
@@ -266,6 +283,10 @@ def test_without_a_capacity_nothing_overflows() -> None:
     routing = token_choice(probs.log(), probs, expert, weight, torch.ones(1, 6, dtype=torch.bool))
     policy = NoTokenLeftBehind()
     assert policy.limit(6, 3, 1, training=False) is None
+    options = {"rounding": "floor", "minimum": 3, "multiple": 4}
+    for size in (1, 9, 40):
+        both = [p(1.1, 0.9, **options).limit(size, 3, 2, training=False) for p in (NoTokenLeftBehind, Factor)]
+        assert both[0] == both[1]
     found, plain = (p.place(routing, None, training=False) for p in (policy, Dropless()))
     for name in ("slot", "kept", "load", "expert", "weight"):
         assert torch.equal(getattr(found, name), getattr(plain, name))

@@ -180,3 +180,22 @@ def test_a_second_backward_is_refused_where_the_first_is_written_by_hand(name: s
     else:
         grad.square().sum().backward()
         assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(named(Dispatcher)))
+@pytest.mark.parametrize("k", [1, 2])
+def test_weights_of_what_was_dropped_are_not_read(name: str, k: int) -> None:
+    """Not even those that are no number: neither an output nor a gradient of what was kept hears of them."""
+    case = Case(k=k, dispatcher=name)
+    x, routing = routed(case)
+    assert not routing.kept.all()
+    dispatcher = named(Dispatcher)[name]()
+    found = []
+    for filler in (0.0, float("nan")):
+        weight = routing.weight.detach().masked_fill(~routing.kept, filler).requires_grad_()
+        rows = dispatcher.dispatch(x, routing)
+        out = rows.x.detach().clone().requires_grad_()
+        y = dispatcher.combine(out, rows, replace(routing, weight=weight))
+        found.append([y, *torch.autograd.grad(y.square().sum(), (out, weight))])
+    for nothing, something in zip(*found, strict=True):
+        assert torch.equal(nothing, something)

@@ -351,6 +351,30 @@ def test_modes_and_gradients_are_left_as_they_were() -> None:
     assert broken.training
 
 
+def test_only_so_many_ids_may_come_next() -> None:
+    """A model's last ones may belong to no symbol: every way of decoding leaves them out."""
+    net, prompt = Trigram(), torch.tensor([[1, 0]])
+    with torch.no_grad():
+        net.table[..., 2:] += 9
+    for options in ({"temperature": 0}, {"num_beams": 2}, {}):
+        given = {"max_new_tokens": 6, "symbols": 2, **options}
+        assert set(generate(net, prompt, **given).tokens.flatten().tolist()) <= {0, 1}
+        count = given.pop("max_new_tokens")
+        assert set(continuation(net, prompt[0], count, **given)) <= {0, 1}
+        assert {token for row in completions(net, [prompt[0]] * 2, count, **given) for token in row} <= {0, 1}
+    assert generate(net, prompt, max_new_tokens=1, temperature=0).tokens.item() >= 2
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-9}])
+def test_every_way_of_drawing_hears_of_the_cuts(cut: dict[str, Any]) -> None:
+    """Each of these leaves the likeliest token alone."""
+    net, prompt = Trigram(), torch.tensor([1, 0])
+    greedy = generate(net, prompt.view(1, 2), max_new_tokens=12, temperature=0).tokens[0].tolist()
+    assert generate(net, prompt.view(1, 2), max_new_tokens=12, **cut).tokens[0].tolist() == greedy
+    assert list(continuation(net, prompt, 12, **cut)) == greedy
+    assert completions(net, [prompt] * 2, 12, **cut) == [greedy] * 2
+
+
 def test_no_tokens_are_none() -> None:
     for beams in (1, 2):
         found = generate(Trigram(), torch.tensor([[0], [1]]), max_new_tokens=0, num_beams=beams)
@@ -538,6 +562,20 @@ def test_beams_of_a_source_do_not_share_a_capacity() -> None:
     whole = torch.cat([torch.tensor([[net.start_id]]), found.tokens], 1)
     nats = torch.stack([net(whole[:, :n], source=source).logits[0, -1].log_softmax(-1) for n in range(1, 8)])
     torch.testing.assert_close(found.log_prob[0], nats.gather(1, whole[0, 1:, None]).sum())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_sources_do_not_share_the_capacity_of_an_encoder(beams: int) -> None:
+    """Where the decoder alone would have a cache: each row is what it is alone, with `use_cache` and without."""
+    tight = partial(MoELayer, router=TopK, capacity=partial(Factor, 0.5, 0.5), group="batch")
+    net = encoder_decoder(moe=tight, decoder_sparse=[])
+    assert net.uncacheable is None
+    source = torch.randint(11, (3, 6))
+    options = {"max_new_tokens": 5, "num_beams": beams, "temperature": 0 if beams == 1 else 1}
+    alone = torch.cat([generate(net, source=row.unsqueeze(0), **options).log_prob for row in source])
+    for use_cache in (True, False):
+        found = generate(net, source=source, use_cache=use_cache, **options)
+        torch.testing.assert_close(found.log_prob, alone)
 
 
 def test_a_model_of_ones_own_needs_no_cache() -> None:

@@ -172,6 +172,17 @@ def test_a_dropped_choice_comes_back_with_its_own_weight() -> None:
     torch.testing.assert_close(y, weight * x)
 
 
+def test_a_random_order_is_for_training() -> None:
+    """Where capacity binds in evaluation too, it is served by arrival there, and all of it is certain."""
+    layer = MoELayer(8, 4, d_ff=6, capacity=partial(Factor, 0.5, 0.5, order="random"))
+    x = torch.randn(2, 40, 8)
+    kept = [layer.train()(x)[1].kept for _ in range(2)]
+    assert not torch.equal(*kept)
+    by_arrival = MoELayer(8, 4, d_ff=6, capacity=partial(Factor, 0.5, 0.5))
+    by_arrival.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x)[1].kept, by_arrival.eval()(x)[1].kept)
+
+
 @pytest.mark.parametrize("router", [Switch, partial(TopK, k=2)])
 @pytest.mark.parametrize("dropped", ["zero", "input"])
 def test_valid_may_lie_in_memory_as_it_likes(router: object, dropped: str) -> None:

@@ -22,8 +22,8 @@ class Window:
     full forward. Where the model's `context` is full, the older half of the sequence is forgotten and the cache made
     anew from the newer half, so that a token costs about the same all the way; without a cache the same is forgotten.
 
-    Without a cache, rows that would share the capacity of experts (`group` "batch" or a number of tokens) are computed
-    one after another: each is what it is alone, beams of one text included.
+    Rows that would share the capacity of experts (`group` "batch" or a number of tokens), be it in an encoder alone, are
+    computed one after another and without a cache: each is what it is alone, beams of one text included.
 
     Args:
         net: a `Decoder`, an `EncoderDecoder`, or a model that is called as one of them.
@@ -67,12 +67,15 @@ class Window:
         self.context = None if context is None else int(context)
         self.tokens = tokens[:, -self.context :] if self.context else tokens
         self.valid = None if valid is None else valid[:, -self.tokens.shape[1] :]
-        self.caches = use_cache and getattr(net, "uncacheable", "it keeps no cache") is None
-        self.cache: Cache | None = None
-        self.cached = 0  # tokens that the cache holds
         # Whether what becomes of a row depends on the others of its batch.
         together = (layer for layer in moe_layers(net).values() if layer.group != "sequence")
-        self.apart = not self.caches and any(layer.uncacheable is not None for layer in together)
+        meet = any(layer.uncacheable is not None for layer in together)
+        self.caches = use_cache and getattr(net, "uncacheable", "it keeps no cache") is None
+        # A cache is filled for all rows at once, which would then share an encoder's experts.
+        self.caches = self.caches and not (meet and len(self.tokens) > 1)
+        self.cache: Cache | None = None
+        self.cached = 0  # tokens that the cache holds
+        self.apart = not self.caches and meet
 
     @property
     def rows(self) -> int:
