@@ -138,6 +138,18 @@ def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool, scale: float 
     oracle.assert_same(results[0], results[1], EXACT)
 
 
+@pytest.mark.parametrize("learns", [False, True, None], ids=["fixed bias", "bias learns", "no bias"])
+def test_dropout_falls_on_the_shares(learns: bool | None) -> None:
+    """Even shares of a fifth: of a half of them nothing is left, and the others are twice as large."""
+    q = k = torch.zeros(3, 2, 5, 4, dtype=torch.float64)
+    v = torch.eye(5, dtype=torch.float64).expand(3, 2, 5, 5)
+    bias = None if learns is None else torch.zeros(1, 2, 5, 5, dtype=torch.float64, requires_grad=learns)
+    found = attend(q, k, v, bias=bias, dropout=0.5).detach()
+    dropped = found == 0
+    assert 0.3 < dropped.double().mean() < 0.7
+    oracle.assert_same({"y": found}, {"y": torch.full_like(found, 0.4).masked_fill(dropped, 0)}, EXACT)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_bias_does_not_open_the_future(learns: bool) -> None:
     attention, x = Attention(8, 2, causal=True).double().eval(), tokens()

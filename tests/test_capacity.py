@@ -16,6 +16,7 @@ from shapes import unchecked
 
 import switchkit.capacity.base
 from switchkit import CapacityPolicy, Dropless, Factor, Fixed, NoTokenLeftBehind, Routing, named, token_choice
+from switchkit.records import sum_weights
 
 sizes = st.tuples(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 8))
 factors = st.decimals("0.01", "20", places=2).map(float)
@@ -268,6 +269,8 @@ def test_what_moves_has_the_gradient_of_where_it_went(scale: float) -> None:
     routing = token_choice(logits, probs, expert, scale * weight, torch.ones(1, 6, dtype=torch.bool))
     placed = NoTokenLeftBehind().place(routing, 2, training=True)
     assert placed.expert[0].tolist() == [0, 0, 1, 1, 2, 2]
+    # Losses on weights see what the router asked for.
+    torch.testing.assert_close(sum_weights(placed), torch.stack([6 * scale * probs[0, 0, 0], *probs.new_zeros(2)]))
     probe = torch.randn(1, 6, dtype=torch.float64)
     wanted = scale * probs.gather(-1, placed.expert.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(placed.weight, wanted)

@@ -234,7 +234,7 @@ def test_experts_that_are_alike_start_as_copies_of_one() -> None:
 @pytest.mark.parametrize("name", list(named(Experts)))
 @pytest.mark.parametrize("load", LOADS, ids=str)
 def test_rows_of_no_expert_come_back_as_zeros(name: str, load: tuple[int, ...]) -> None:
-    options = {"bias": True} if name in ("mlp", "gated_mlp") else {}
+    options = {"bias": True} if name in ("mlp", "gated_mlp") else {"constant": 1} if name == "null" else {}
     experts = named(Experts)[name](6, 5, 4, **options).double()
     for parameter in experts.parameters():
         nn.init.normal_(parameter)

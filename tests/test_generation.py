@@ -126,7 +126,9 @@ def test_few_beams_search_as_a_loop_over_lists_does(beams: int, alpha: float) ->
         net = Trigram(seed=seed)
         want = [by_hand(net, prompt, beams, 5, alpha) for prompt in prompts]
         options = {"max_new_tokens": 5, "num_beams": beams, "length_penalty": alpha, "eos_id": EOS}
-        assert rows_of(generate(net, torch.tensor(prompts), **options)) == want
+        found = generate(net, torch.tensor(prompts), **options)
+        assert rows_of(found) == want
+        assert (found.tokens[~found.valid] == EOS).all()
         assert rows_of(generate(net, torch.tensor(prompts), use_cache=False, **options)) == want
 
 
@@ -329,6 +331,21 @@ def test_a_context_of_one_token_keeps_the_newest(use_cache: bool) -> None:
     assert net.calls.sizes == [1] * 4
 
 
+def test_of_padded_prompts_longer_than_the_context_the_newest_part_is_read() -> None:
+    net = decoder(context=4)
+    prompts = [torch.randint(11, (n,)) for n in (6, 2)]
+    found = generate(net, *pad_left(prompts), max_new_tokens=1, temperature=0)
+    for row, prompt in enumerate(prompts):
+        alone = generate(net, prompt[-4:].unsqueeze(0), max_new_tokens=1, temperature=0)
+        torch.testing.assert_close(found.log_prob[row], alone.log_prob[0])
+    # A row of one token is half padding still when the older half of both is forgotten.
+    net = decoder(context=6)
+    prompts = [torch.randint(11, (n,)) for n in (6, 1)]
+    found = generate(net, *pad_left(prompts), max_new_tokens=2, temperature=0)
+    alone = generate(net, prompts[1].unsqueeze(0), max_new_tokens=2, temperature=0)
+    torch.testing.assert_close(found.log_prob[1], alone.log_prob[0])
+
+
 def test_modes_and_gradients_are_left_as_they_were() -> None:
     net = Trigram().train()
     net.dropout.eval()
@@ -351,13 +368,14 @@ def test_modes_and_gradients_are_left_as_they_were() -> None:
     assert broken.training
 
 
-def test_only_so_many_ids_may_come_next() -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_only_so_many_ids_may_come_next(use_cache: bool) -> None:
     """A model's last ones may belong to no symbol: every way of decoding leaves them out."""
     net, prompt = Trigram(), torch.tensor([[1, 0]])
     with torch.no_grad():
         net.table[..., 2:] += 9
     for options in ({"temperature": 0}, {"num_beams": 2}, {}):
-        given = {"max_new_tokens": 6, "symbols": 2, **options}
+        given = {"max_new_tokens": 6, "symbols": 2, "use_cache": use_cache, **options}
         assert set(generate(net, prompt, **given).tokens.flatten().tolist()) <= {0, 1}
         count = given.pop("max_new_tokens")
         assert set(continuation(net, prompt[0], count, **given)) <= {0, 1}

@@ -287,6 +287,7 @@ def test_large_logits_stay_finite() -> None:
         (lambda: Balance(choices="second"), "choices must be 'all' or 'first'; got 'second'"),
         (lambda: Balance(per="token"), "per must be 'batch', 'sequence' or 'group'; got 'token'"),
         (lambda: Balance(scope="node"), "scope must be 'micro', 'rank' or 'global'; got 'node'"),
+        (lambda: Balance(scope="rank", load="after"), "scope='rank' counts all choices of the step before the drop"),
         (lambda: Balance(scope="global", per="sequence"), "leave load, choices and per at their defaults; got"),
         (lambda: Importance(of="logits"), "of must be 'weight' or 'probs'; got 'logits'"),
         (lambda: Load(threshold="all"), "threshold must be 'excluding' or 'kth'; got 'all'"),

@@ -30,7 +30,7 @@ from switchkit.attention import Attention, LatentAttention
 from switchkit.layers import FeedForward
 from switchkit.models import Cache, Output, sparse_layers
 from switchkit.models.base import causal_layers, evaluating
-from switchkit.models.inputs import check_inputs
+from switchkit.models.inputs import check_inputs, kind_of_data
 
 SIZES = {"d_model": 8, "num_layers": 4, "num_heads": 2, "d_ff": 12, "num_experts": 3, "context": 10}
 TIGHT = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, 0.5, 0.5))
@@ -157,6 +157,8 @@ def test_sizes_reach_the_parts() -> None:
     assert (sparse.d_model, sparse.d_ff, sparse.num_experts) == (8, 5, 3)
     assert decoder().blocks[1].mlp.d_ff == 12
     assert sparse.router is not model.blocks[3].mlp.router
+    projections = decoder(sparse_attention=[2], attention_moe=MoELayer).blocks[2].attention.qkv
+    assert [(part.d_model, part.d_ff, part.num_experts) for part in projections] == [(8, 8, 3)] * 3
     norms = [part for part in decoder(norm="rms", norm_eps=0.5).modules() if isinstance(part, torch.nn.RMSNorm)]
     assert [norm.eps for norm in norms] == [0.5] * 9
     norms = [part for part in decoder(norm_eps=0.5).modules() if isinstance(part, nn.LayerNorm)]
@@ -172,6 +174,12 @@ def test_only_the_encoder_of_what_reads_a_source_may_see_later_tokens() -> None:
     assert list(causal_layers(Own())) == ["encoder.0", "decoder.0"]
     model = EncoderDecoder(11, d_model=8, encoder_layers=1, num_heads=2, d_ff=8, sparse="every(1)")
     assert list(causal_layers(model)) == ["decoder.blocks.0.mlp"]
+
+
+def test_tables_start_small_enough_for_an_output_layer() -> None:
+    net = Decoder(300, d_model=32, num_layers=1, num_heads=2, context=300, sparse=[], positions="learned", tied=False)
+    for table in (net.embed, net.position, net.head):
+        assert abs(table.weight.std() / 0.02 - 1) < 0.03
 
 
 def test_the_output_layer_is_the_embedding() -> None:
@@ -402,6 +410,15 @@ def test_data_say_which_models_read_them(says: bool | None, fits: tuple[bool, bo
     check_inputs(EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[], start_id=1), pairs)
     # A subclass may make other batches.
     check_inputs(own, type("Mine", (type("Text", (), {"have_sources": True}),), {"context": 5})())
+
+
+@pytest.mark.parametrize(
+    ("sentinels", "wanted"), [(None, "SpanData"), (0, "PairData"), (100, "SpanData")], ids=["unknown", "none", "some"]
+)
+def test_the_data_of_a_model_that_belongs_to_none(sentinels: int | None, wanted: str) -> None:
+    tokenizer = None if sentinels is None else SimpleNamespace(sentinels=sentinels)
+    net = EncoderDecoder(5, d_model=8, num_heads=2, d_ff=8, sparse=[])
+    assert (kind_of_data(net, tokenizer), kind_of_data(decoder(), tokenizer)) == (wanted, "TextData")
 
 
 @pytest.mark.parametrize("frozen", [(), ("blocks.0",), ("",), ("blocks.0", "")])
