@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from small import MOE, NET, TOP2, data, module, trainer, weights
 from torch import nn
 
@@ -37,7 +38,7 @@ from switchkit.callbacks.save import checkpoint_folder
 from switchkit.losses.base import Loss
 from switchkit.models import Output
 from switchkit.optim import check_optimizer, decay_groups, learning_rate
-from switchkit.sampling import sample
+from switchkit.sampling import probabilities, sample
 from switchkit.step import NonFiniteError, Seen, weighted_means
 
 
@@ -65,7 +66,10 @@ def test_two_terms_of_a_kind_are_logged_each(tmp_path: Path) -> None:
     model = module(source, moe=TOP2, losses=[partial(Balance, weight=0.5), RouterZ, partial(Balance, weight=0.1)])
     batch = next(iter(source.train_dataloader()))
     model.training_step(batch, 0)
-    assert list(weighted_means(model._step.batches)) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
+    means = weighted_means(model._step.batches)
+    assert list(means) == ["loss", "cross_entropy", "balance", "router_z", "balance_2"]
+    terms = sum(term.weight * means[name] for term, name in zip(model.losses, list(means)[2:], strict=True))
+    assert math.isclose(means["loss"], means["cross_entropy"] + terms, rel_tol=1e-6)
 
 
 def test_data_that_a_model_cannot_read_are_refused_before_the_first_batch(tmp_path: Path) -> None:
@@ -101,6 +105,34 @@ def test_a_run_that_logs_nothing(tmp_path: Path, options: dict[str, Any]) -> Non
     loop = L.Trainer(accelerator="cpu", max_steps=3, default_root_dir=tmp_path, **none, **options)
     loop.fit(module(source), source)
     assert loop.global_step == 3
+
+
+def test_a_row_is_of_the_steps_since_the_last_one(tmp_path: Path) -> None:
+    """What routers were counted, and the norm of the gradient as it was before it is clipped."""
+    counted, rows, norms, routing = [], [], [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
+            counted.append(int(module.train_routing.load.sum()))
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+            norms.append(float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm()))
+            routing.append(module.train_routing.compute())
+
+    class Kept(CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            rows.append(metrics)
+
+    source = data(tmp_path)
+    loop = trainer(tmp_path, Watch(), steps=5, gradient_clip_val=1e-3, num_sanity_val_steps=0)
+    loop.loggers = [Kept(tmp_path, name="")]
+    loop.fit(module(source), source)
+    of_a_step = 2 * 4 * 8  # tokens, in two layers
+    assert counted == [of_a_step, 0, of_a_step, 0, of_a_step]
+    assert [row["train/grad_norm"] for row in rows] == pytest.approx(norms[1::2], rel=1e-5)
+    # The worst layer, and the mean over layers.
+    assert [row["train/imbalance"] for row in rows] == [max(found["imbalance"].tolist()) for found in routing[1::2]]
+    assert [row["train/dropped"] for row in rows] == [float(found["dropped"].mean()) for found in routing[1::2]]
 
 
 class Own(Loss):
@@ -365,6 +397,16 @@ def test_an_evaluation_that_broke_off_is_no_part_of_the_next(tmp_path: Path, sta
     assert first == again
 
 
+def test_the_last_load_is_no_sanity_check_s(tmp_path: Path) -> None:
+    """Shares of an evaluation, and zeros before there is one."""
+    source = data(tmp_path)
+    model = module(source)
+    trainer(tmp_path, steps=2, num_sanity_val_steps=1).fit(model, source)
+    assert not model.last_load.any()
+    trainer(tmp_path).validate(model, source, verbose=False)
+    torch.testing.assert_close(model.last_load.sum(-1), torch.ones(2))
+
+
 def test_a_run_that_broke_off_is_no_part_of_the_next(tmp_path: Path) -> None:
     """What it has counted since its last row."""
     source = data(tmp_path)
@@ -561,6 +603,19 @@ def test_non_finite_router_input_stops_training_and_keeps_the_last_good_checkpoi
     assert bool(torch.isfinite(weights(kept)).all())
 
 
+@pytest.mark.parametrize(("every", "newest"), [(5, "best"), (8, "last")])
+def test_the_last_good_checkpoint_is_the_newest(tmp_path: Path, every: int, newest: str) -> None:
+    """best.ckpt is of step 7, last.ckpt of step 5 or 8."""
+
+    class Settled(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+            trainer.strategy.checkpoint_io.wait()  # saves of a running fit come into their place later
+
+    source = data(tmp_path)
+    with pytest.raises(NonFiniteError, match=rf"at step 9; .*the last good checkpoint is \S*{newest}\.ckpt\."):
+        trainer(tmp_path, Settled(), Poison(8), every=every, steps=20).fit(module(source), source)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     source = data(tmp_path)
     loop = trainer(tmp_path, steps=5)
@@ -675,6 +730,20 @@ def test_sampling_follows_the_softmax_and_its_cuts() -> None:
     assert near(shares(1.0, top_p=0.7), F.pad(logits[:2].softmax(-1), (0, 2)))
     assert shares(1.0, top_p=0.01)[0] == 1
     assert sample(0, None, None, None, logits) == 0
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "wanted"),
+    [
+        (None, 0.5, [0.5, 0.5, 0, 0]),  # two have reached it, so that no third stays
+        (None, 0.51, [1 / 3, 1 / 3, 1 / 3, 0]),
+        (3, 0.5, [0.5, 0.5, 0, 0]),  # of three with a third each
+        (3, 1.0, [1 / 3, 1 / 3, 1 / 3, 0]),
+    ],
+)
+def test_what_is_left_of_equal_tokens(top_k: int | None, top_p: float, wanted: list[float]) -> None:
+    """Of four, at a temperature that their equality does not show; what is left adds up to 1."""
+    torch.testing.assert_close(probabilities(torch.zeros(4), 0.7, top_k, top_p), torch.tensor(wanted))
 
 
 def test_a_dense_model_trains_without_routing(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def batches(source: bool = False) -> list[dict[str, torch.Tensor]]:
         {"router": partial(TopK, k=2)},
         {"router": partial(TopK, k=2, normalize="after"), "capacity": TIGHT},
         {"router": Switch, "capacity": TIGHT},
+        {"router": partial(Switch, offset=True)},
     ],
-    ids=["switch", "top_k", "dropping", "switch_dropping"],
+    ids=["switch", "top_k", "dropping", "switch_dropping", "offset"],
 )
 def test_measured_against_a_loop(moe: dict, source: bool) -> None:
     module = decoder(**moe)
@@ -63,6 +64,9 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
             EncoderDecoder, d_model=8, encoder_layers=2, decoder_layers=1, num_heads=2, num_experts=3, sparse=[0]
         )
         module = LanguageModule(net, moe=partial(MoELayer, **moe), vocab_size=V)
+    for name, parameter in module.named_parameters():
+        if name.endswith(".offset"):
+            torch.nn.init.normal_(parameter)  # of padding it is the only logit
     data = batches(source)
     found = measure(module, data)
     assert [use.layer for use in found.layers] == module.sparse_layers
@@ -97,7 +101,7 @@ def test_measured_against_a_loop(moe: dict, source: bool) -> None:
         assert use.weight.tolist() == pytest.approx(weight, rel=1e-5)
         assert use.gate == pytest.approx(sum(weight) / tokens, rel=1e-5)
         # Where what is kept is normalised, the weights of a token would sum to one.
-        undropped = undropped if moe["router"] is Switch else tokens
+        undropped = undropped if getattr(moe["router"], "func", moe["router"]) is Switch else tokens
         assert use.gate_undropped == pytest.approx(undropped / tokens, rel=1e-5)
         table = torch.stack(logits).double()
         cosine = F.cosine_similarity(table.t()[:, None], table.t()[None], dim=-1)
@@ -141,6 +145,14 @@ def test_nothing_to_measure_is_refused() -> None:
         measure(decoder(Switch), [])
 
 
+class Wide(Hash):
+    """With a matrix that has no row for each expert."""
+
+    def __init__(self, *sizes: int, **given: int) -> None:
+        super().__init__(*sizes, **given)
+        self.weight = torch.nn.Parameter(torch.randn(5, self.d_model))
+
+
 def test_without_data_all_are_used_alike() -> None:
     module = decoder(Switch)
     use = assumed(module).layers[1]
@@ -149,8 +161,8 @@ def test_without_data_all_are_used_alike() -> None:
     rows = module.net.blocks[1].mlp.router.weight.detach()
     wanted = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
     torch.testing.assert_close(use.alike.float(), wanted, rtol=1e-5, atol=1e-6)
-    hashed = assumed(decoder(Hash)).layers[1]
-    assert torch.equal(hashed.alike, torch.eye(3, dtype=torch.float64))
+    for rowless in (Hash, Wide):
+        assert torch.equal(assumed(decoder(rowless)).layers[1].alike, torch.eye(3, dtype=torch.float64))
     cosine = decoder(Cosine)
     rows = cosine.net.blocks[1].mlp.router.embedding.detach()
     wanted = F.cosine_similarity(rows[:, None], rows[None], dim=-1)

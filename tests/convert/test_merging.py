@@ -78,6 +78,15 @@ def test_alignment_finds_a_permutation(experts: Mlp | GatedMlp) -> None:
         assert torch.equal(weight, first[name].expand_as(weight)), name
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_alignment_reads_biases(gated: bool) -> None:
+    """Units that nothing else tells apart."""
+    into = 2 * F if gated else F
+    first = {"w1": torch.ones(D, into), "w2": torch.ones(F, D), "b1": torch.randn(into), "b2": torch.zeros(D)}
+    found = align(first, stacked([shuffled(first, seed) for seed in range(E)]))
+    assert torch.equal(found["b1"], first["b1"].expand(E, into))
+
+
 def test_alignment_is_the_nearest_of_all_orders(experts: Mlp | GatedMlp) -> None:
     """Every one of the 120 orders of five units, by the squared distance of all weights."""
     stack = stack_of(experts)

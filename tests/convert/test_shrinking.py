@@ -40,6 +40,7 @@ NETS = {
     "decoder": partial(Decoder, d_model=D, num_layers=3, num_heads=2, d_ff=F, num_experts=E, context=24),
     "encoder-decoder": partial(EncoderDecoder, d_model=D, encoder_layers=2, num_heads=2, d_ff=F, num_experts=E),
 }
+NETS["sparse decoder"] = partial(NETS["encoder-decoder"], sparse=[], decoder_sparse=[1])
 TOP2 = partial(MoELayer, router=partial(TopK, k=2))
 
 
@@ -167,8 +168,8 @@ def test_merging_equal_experts_is_exact(kind: str) -> None:
         assert abs(loss(merge(module, 2, found, how="usage")) - float(found.loss or 0)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
-def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp, partial(Mlp, bias=True)], ids=["mlp", "gated", "biases"])
+def test_pairs_of_the_same_expert_become_one(kind: type | partial) -> None:
     """Three experts, each twice, the second time with its hidden units in another order.
 
     With equal rows of a switch router each has half of what one alone would have, which `rescale` makes up for.
@@ -182,6 +183,10 @@ def test_pairs_of_the_same_expert_become_one(kind: type) -> None:
         layer.router.weight[3:] = layer.router.weight[:3]
         halves = [half[:, :, order] for half in stack.w1[:3].chunk(stack.w1.shape[-1] // F, dim=-1)]
         stack.w1[3:], stack.w2[3:] = torch.cat(halves, -1), stack.w2[:3][:, order]
+        if stack.b1 is not None:
+            for bias in (stack.b1, stack.b2):
+                nn.init.normal_(bias)
+            stack.b1[3:], stack.b2[3:] = stack.b1[:3][:, order], stack.b2[:3]
     found = measured(module)
     (use,) = found.layers
     # Which of two alike a token was sent to, the rounding of their logits decides: say that it was the first.
@@ -298,11 +303,13 @@ def test_dense_of_equal_experts_computes_the_same(net: str, how: str) -> None:
 def test_dense_and_sparse_and_dense_again() -> None:
     torch.manual_seed(3)
     net = partial(Decoder, d_model=D, num_layers=2, num_heads=2, d_ff=[F, 20], context=24, sparse=[], norm="rms")
-    gated = partial(FeedForward, gated=True, activation="silu")
+    gated = partial(FeedForward, gated=True, activation="silu", init_scale=0.3)
     module = LanguageModule(partial(net, feed_forward=gated), vocab_size=V, losses=[])
     back = to_dense(upcycle(module, sparse=[1], num_experts=3), assumed(upcycle(module, sparse=[1], num_experts=3)))
     for name, tensor in module.state_dict().items():
         assert torch.allclose(back.state_dict()[name], tensor, atol=1e-6), name
+    first, last = (made.spec["init_args"]["net"]["init_args"]["feed_forward"] for made in (module, back))
+    assert first == last
 
 
 def test_shared_experts_stand_beside_the_merged_one() -> None:

@@ -128,6 +128,15 @@ def test_the_rest_is_one_outcome(given, k):
     assert (found <= divergence(student, teacher, t) + 1e-6).all()
 
 
+@pytest.mark.parametrize("k", [3, V])
+def test_kept_masses_need_not_add_up_to_one(given, k):
+    """As they do not once they were rounded: what counts is their share."""
+    student, teacher, *_ = given
+    whole = kept(teacher, k, 1.0)
+    more = TopK(whole.log_probs + 0.1, whole.ids, whole.log_rest + 0.1)
+    assert torch.allclose(top_k_divergence(student, more), top_k_divergence(student, whole), atol=1e-6)
+
+
 def test_top_k_has_finite_gradients_where_the_teacher_is_certain(given):
     """A rest of nothing at all, as float16 may round it, and one symbol with all the mass."""
     student = given[0]

@@ -98,6 +98,17 @@ def test_attention_without_plain_projections_is_refused(tmp_path):
         student(tmp_path, attention_weight=1.0)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [((12, 6), (16, 2)), ((16, 2), (12, 6))])
+def test_heads_of_relations_divide_the_widths_of_both(ours, theirs):
+    """6 heads are those of one model, and cut 16 numbers into no equal parts."""
+    student, teacher = (
+        Decoder(vocab_size=5, d_model=width, num_layers=1, num_heads=heads, d_ff=8, context=8, sparse=[])
+        for width, heads in (ours, theirs)
+    )
+    with pytest.raises(ValueError, match="relation_heads 6 does not divide 16"):
+        Matching(student, teacher, attention_weight=1.0, relation_heads=6)
+
+
 def test_a_narrow_student_is_taken_to_the_teacher_s_width(tmp_path):
     teacher(tmp_path)
     narrow = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=24, context=8, sparse=[])
@@ -106,6 +117,9 @@ def test_a_narrow_student_is_taken_to_the_teacher_s_width(tmp_path):
     assert not any("from_0" in name for name in pupil.state_dict())
     pupil.training_step(batch(tmp_path), 0)["loss"].backward()
     assert pupil.matching.from_0_to_1.grad.abs().sum() > 0
+    for other in ({"from_0_to_0": torch.zeros(16, 8)}, {"from_0_to_1": torch.zeros(16, 1)}):
+        with pytest.raises(ValueError, match="resume with the hidden_layers and the model of the checkpoint"):
+            pupil.matching.load_extra(other)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

@@ -53,6 +53,16 @@ def test_the_spread_is_that_of_repeated_experiments():
     assert reported == pytest.approx(measured, rel=0.08)
 
 
+@pytest.mark.parametrize("which", ["student", "dense", "teacher"])
+def test_the_spread_of_one_figure_alone(which):
+    """Its standard error times how fast the percentage changes with it, by a small difference."""
+    figures = {"student": [1.75, 1.75], "dense": [1.8, 1.8], "teacher": [1.6, 1.6]}
+    mean = figures[which][0]
+    above, below = (percent_preserved(**{**figures, which: mean + step}).percent for step in (1e-6, -1e-6))
+    found = percent_preserved(**{**figures, which: [mean - 0.01, mean + 0.01]})  # a standard error of 0.01
+    assert found.spread == pytest.approx(0.01 * abs(above - below) / 2e-6, rel=1e-4)
+
+
 @pytest.mark.parametrize("student", [[], [math.nan], [1.0, math.inf]])
 def test_bad_figures(student):
     with pytest.raises(ValueError, match="student needs one finite figure or more"):

@@ -214,6 +214,13 @@ def test_padding_changes_nothing(taught, tmp_path):
     assert torch.equal(*losses)
 
 
+def test_the_fingerprint_is_of_names_too():
+    """A model that has the same numbers elsewhere is another one."""
+    part = torch.nn.Linear(2, 2)
+    first, again, other = (fingerprint(torch.nn.ModuleDict({name: part})) for name in ("gate", "gate", "up"))
+    assert first == again != other
+
+
 def test_the_teacher_is_left_alone(taught, tmp_path):
     """No part of the state or the optimizer, and unchanged, as is a module that was given."""
     before = fingerprint(taught)
