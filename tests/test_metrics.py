@@ -75,6 +75,34 @@ def test_token_accuracy_of_nothing_is_no_nan() -> None:
     assert metric.compute() == 0
 
 
+def test_a_valid_place_of_minus_100_is_no_target() -> None:
+    """As in the loss: of four valid places one is -100, and two of the others are right."""
+    metric = TokenAccuracy()
+    targets = torch.tensor([[0, 1, -100, 1]])
+    metric.update(torch.eye(2)[[0, 1, 1, 0]].unsqueeze(0), targets, torch.ones(1, 4, dtype=torch.bool))
+    assert math.isclose(float(metric.compute()), 2 / 3, rel_tol=1e-6)
+
+
+def test_an_evaluation_has_one_number_of_all_layers() -> None:
+    """The worst imbalance, all dead experts, and means of the rest; layers of 4 and 2 experts."""
+    evaluation = Evaluation([4, 2])
+    load = torch.tensor([[3, 1, 0, 0], [4, 4, 0, 0]])
+    entropy, confidence = torch.tensor([0.5, 1.5]).double(), torch.tensor([0.9, 0.6]).double()
+    found = {"load": load, "dropped": torch.tensor([2, 0]), "tokens": torch.tensor([4, 8])}
+    evaluation.loss.update(torch.tensor(8.0), 4)
+    evaluation.accuracy.update(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long))
+    evaluation.routing.update({**found, "entropy": 4 * entropy, "confidence": 8 * confidence})
+    got = evaluation.compute()
+    wanted = {
+        "imbalance": 3.0,
+        "dropped": (2 / 4 + 0) / 2,
+        "dead_experts": 2.0,
+        "router_entropy": (0.5 + 1.5 / 2) / 2,
+        "router_confidence": (2 * 0.9 + 0.6) / 2,
+    }
+    assert {name: float(got[name]) for name in wanted} == pytest.approx(wanted)
+
+
 def test_token_loss_weighs_tokens() -> None:
     metric = TokenLoss()
     metric.update(torch.tensor(10.0), 4)

@@ -549,6 +549,12 @@ def test_load_from_checkpoint_takes_what_lightning_s_takes(tmp_path: Path) -> No
     half = LanguageModule.load_from_checkpoint(path, net=wider, strict=False)
     whole = LanguageModule.load_from_checkpoint(path)
     assert torch.equal(half.net.embed.weight, whole.net.embed.weight)
+    with pytest.raises(ValueError, match=r"last.ckpt holds a switchkit.module.LanguageModule, which is no Another"):
+        Another.load_from_checkpoint(path)
+
+
+class Another(LanguageModule):
+    """Somebody's."""
 
 
 def test_load_from_checkpoint_with_another_part(tmp_path: Path) -> None:

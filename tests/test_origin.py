@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 import pytest
 
-from switchkit import CharTokenizer, Decoder, LanguageModule
+from switchkit import CharTokenizer, Decoder, LanguageModule, TextData
 from switchkit.data import ByteTokenizer
-from switchkit.origin import carried, end_ids
-from switchkit.spec import describe_object
+from switchkit.origin import carried, end_ids, tell_of_another_text
+from switchkit.spec import describe_object, described_data
 
 CONFIG = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.5}
 LETTERS = CharTokenizer("abcdef")
@@ -28,6 +29,7 @@ def settings(tokenizer: Any, **origin: Any) -> dict[str, Any]:
     [
         (LETTERS, CharTokenizer("abcdef"), True),
         (LETTERS, CharTokenizer("abcdefg"), False),
+        (ByteTokenizer(), ByteTokenizer(first_sentinel=383), True),  # the same, said otherwise
         (LETTERS, None, True),
         (None, None, True),
         (None, LETTERS, False),
@@ -40,6 +42,19 @@ def test_ids_go_with_their_vocabulary_and_the_rest_always(theirs, ours, kept: bo
         assert found == {"config": CONFIG, "generation": {"eos_token_id": [2, 4]}}
     else:
         assert found == {"config": {"model_type": "llama", "initializer_range": 0.5}, "generation": {}}
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_text_in_the_place_of_another_is_told(monkeypatch: pytest.MonkeyPatch, described: bool) -> None:
+    """Found elsewhere, as where a generated one was taken then: by the data's own settings, if they are the same."""
+    data, other = (TextData(name, tokenizer=LETTERS) for name in ("my.txt", "other.txt"))
+    then = {"sha256": "a" * 64, "origin": "here", "description": "first"}
+    monkeypatch.setattr(TextData, "source_info", lambda self: {**then, "sha256": "b" * 64, "origin": "there"})
+    entry = {"source": then, "data": described_data(data if described else other)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tell_of_another_text(entry, data)
+    assert [("sha256 bbbbbbbb" in str(one.message)) for one in caught] == [True] * described
 
 
 def test_a_vocabulary_that_ends_a_text_with_the_same_id_is_taken_for_the_models() -> None:

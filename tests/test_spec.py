@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from switchkit import Balance, CharTokenizer, Decoder, Factor, MoELayer, Switch, TopK
+from switchkit import Balance, ByteTokenizer, CharTokenizer, Decoder, Factor, MoELayer, SpanData, Switch, TopK
 from switchkit.spec import build, describe, describe_object, described_data, find_class
 
 LAYER = partial(MoELayer, router=partial(TopK, k=2), capacity=partial(Factor, train=1.5, eval=None), group=16)
@@ -83,6 +83,7 @@ class MoreData(L.LightningDataModule):
     [
         (KeptData(shift=2), {"shift": 2, "order": "given", "keep": True}),
         (MoreData(shift=2), {"shift": 2}),
+        (MoreData(shift=2, _instantiator=1), {"shift": 2}),  # as Lightning's CLI keeps it among them
         (L.LightningDataModule(), {}),
     ],
 )
@@ -94,6 +95,17 @@ def test_arguments_of_data_of_ones_own_are_found(data: L.LightningDataModule, ar
 def test_data_that_keeps_an_argument_to_itself_has_no_description(data: L.LightningDataModule) -> None:
     """Built from its defaults, it might be other data."""
     assert described_data(data) is None
+
+
+def test_what_is_no_plain_data_has_no_description_or_is_refused() -> None:
+    """Of somebody else's data the first, of switchkit's kind the second, as a run of it could not go on."""
+
+    def objective(**parts: Any) -> Any:
+        """A local function."""
+
+    assert described_data(KeptData(order=objective)) is None
+    with pytest.raises(ValueError, match=r"objectives\[0\]: .* cannot be written into a checkpoint"):
+        described_data(SpanData("my.txt", tokenizer=ByteTokenizer(), objectives=[objective]))
 
 
 def test_find_class() -> None:

@@ -76,6 +76,16 @@ EXACT = {
         {"router": TWO},
         {"d_ff": [24, 48, 24], "decoder_d_ff": 24},
     ),
+    "a width of the decoder that no layer has": (
+        partial(BOTH, decoder_layers=2, sparse="every(1)", expert_d_ff=12, decoder_d_ff=40),
+        {"router": TWO},
+        {"d_ff": 24},
+    ),
+    "expert choice in an encoder": (
+        partial(BOTH, decoder_sparse=[]),
+        {"router": partial(ExpertChoice, capacity_factor=1.5)},
+        {"d_ff": [24, 36, 24], "decoder_d_ff": 24},
+    ),
     "both sides sparse all through": (partial(BOTH, decoder_layers=2, sparse="every(1)"), {}, {"d_ff": 24}),
 }
 
@@ -150,6 +160,12 @@ class Plain(nn.Module):
         (DECODER, {"router": ReLU}, "flops", "relu lets a token choose any number.*match parameters instead"),
         (partial(DECODER, allow_leak=True), {"router": Soft}, "flops", "soft computes the same rows"),
         (partial(DECODER, sparse_attention=[1]), {}, "params", "sparse_attention"),
+        (
+            partial(DECODER, expert_d_ff=1, allow_leak=True),
+            {"router": partial(ExpertChoice, capacity_factor=0.25)},  # a width of 1 / 4
+            "flops",
+            "less than a dense layer of width 1",
+        ),
         (
             partial(DECODER, sparse_attention=[1], attention_moe=partial(MoELayer, router=TWO, experts=Linear)),
             {},
