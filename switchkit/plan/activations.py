@@ -82,14 +82,18 @@ def rows_of(layer: MoELayer, batch: int, context: int) -> int:
     A dispatcher with buffers fills them up to the capacity (`Padded` on a GPU; without a capacity to all assignments).
     Where experts choose, or work on mixtures, each has as many rows as the next: these fill the buffers already.
     """
-    tokens = batch * context
-    size = tokens if layer.group == "batch" else layer.group if isinstance(layer.group, int) else context
-    groups = -(-tokens // size)
-    limit = layer.capacity.limit(size, layer.num_experts, layer.router.k, training=True)
-    rows = layer.router.rows(size, limit)
+    _, groups, rows, limit = _routed(layer, batch, context)
     if isinstance(layer.dispatcher, (Padded, Einsum)) and not layer.router.full:
         rows = layer.num_experts * (rows if limit is None else min(rows, limit))
     return groups * rows
+
+
+def _routed(layer: MoELayer, batch: int, context: int) -> tuple[int, int, int, int | None]:
+    """Tokens of a group, groups, assignments of each, and the capacity."""
+    tokens = batch * context
+    size = tokens if layer.group == "batch" else layer.group if isinstance(layer.group, int) else context
+    limit = layer.capacity.limit(size, layer.num_experts, layer.router.k, training=True)
+    return size, -(-tokens // size), layer.router.rows(size, limit), limit
 
 
 def _width(model: nn.Module) -> int:
@@ -167,15 +171,19 @@ def _mixture(layer: MoELayer, batch: int, context: int, precision: Precision, im
     tokens, experts = batch * context, layer.experts
     rows = rows_of(layer, batch, context)
     kept = 32 * tokens * layer.router.k + round(rows * imbalance * _row(experts, precision))
-    if next(layer.router.parameters(), None) is not None:
+    learns = next(layer.router.parameters(), None) is not None
+    if learns:
         kept += tokens * (4 * layer.d_model + 4 * layer.num_experts) + rows * precision.product * layer.d_model
     if isinstance(experts, Shared):
         kept += tokens * (
             _row(experts.shared, precision) + (precision.product * layer.d_model if experts.how != "sum" else 0)
         )
     if isinstance(layer.dispatcher, Einsum):
-        # Its masks say for each token and each place whether they go together.
-        kept += 4 * context * rows
+        # Its two masks say for each token and each place whether they go together; from what the second is made of, a
+        # row of ones and zeros for the token, the expert and the place of each assignment, weights have their gradient.
+        size, groups, each, _ = _routed(layer, batch, context)
+        made_of = each * (groups * (size + layer.num_experts) + rows // layer.num_experts) if learns else 0
+        kept += precision.product * (2 * size * rows + made_of)
     return kept
 
 

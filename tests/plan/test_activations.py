@@ -12,6 +12,7 @@ import torch
 from switchkit import (
     Decoder,
     Einsum,
+    EncoderDecoder,
     ExpertChoice,
     Factor,
     FeedForward,
@@ -57,6 +58,13 @@ CASES: dict[str, tuple[Any, Any]] = {
     "shared": (NET, partial(MoELayer, router=partial(Sigmoid, k=4), experts=partial(Shared, num_shared=2))),
     "grouped queries": (partial(NET, attention=partial(Attention, num_kv_heads=2), positions="learned"), TOP2),
     "sparse attention": (partial(NET, sparse_attention=[0]), TOP2),
+    "einsum": (NET, partial(TOP2, dispatcher=Einsum, capacity=partial(Factor, train=1.25))),
+    "einsum, not learned": (
+        NET,
+        partial(MoELayer, router=partial(RoundRobin, k=2), dispatcher=Einsum, capacity=partial(Factor, train=1.0)),
+    ),
+    "einsum over groups": (NET, partial(TOP2, dispatcher=Einsum, capacity=Factor, group=64)),
+    "keys and queries normed": (partial(NET, attention=partial(Attention, qk_norm="whole")), TOP2),
 }
 
 
@@ -89,6 +97,44 @@ def test_in_full_precision(name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "gated experts", "shared"])
 def test_in_half_precision(name: str) -> None:
     assert counted(*CASES[name], "bf16-true") == pytest.approx(measured(*CASES[name], "bf16-true"), rel=0.015)
+
+
+def test_gated_shared_experts_keep_their_output() -> None:
+    """More than those whose outputs are added."""
+    summed, gated = ((NET, partial(TOP2, experts=partial(Shared, mix=mix))) for mix in ("sum", "gate"))
+    more = measured(*gated, "32-true") - measured(*summed, "32-true")
+    assert counted(*gated, "32-true") - counted(*summed, "32-true") == pytest.approx(more, rel=0.02)
+
+
+def test_dropout_keeps_masks_of_a_byte() -> None:
+    """As on a GPU (a CPU keeps four): behind attention and feed-forward layer, and between the products, of which the
+    second has what was dropped as its input."""
+    dense = partial(NET, num_layers=1, sparse=[])
+    (plain,), (dropped,) = (
+        activations(net(vocab_size=VOCABULARY), BATCH, CONTEXT, PRECISIONS["32-true"]).blocks
+        for net in (dense, partial(dense, dropout=0.1, feed_forward=partial(FeedForward, dropout=0.1)))
+    )
+    assert dropped - plain == BATCH * CONTEXT * (2 * 64 + 160 * (4 + 1))
+
+
+def test_records_and_the_loss_beside_what_is_kept() -> None:
+    """Logits, and 40 bytes of each choice; the gradient of the logits, and in half precision the logits in full too."""
+    net = partial(NET, sparse="every(1)")(vocab_size=VOCABULARY, moe=TOP2)
+    full, half = (activations(net, BATCH, CONTEXT, PRECISIONS[name]) for name in ("32-true", "bf16-true"))
+    tokens, choices, layers = BATCH * CONTEXT, 2, 2
+    assert full.records == half.records == layers * tokens * (4 * 8 + 40 * choices)
+    assert (full.loss, half.loss) == (tokens * VOCABULARY * 4, tokens * VOCABULARY * (2 + 4))
+    assert full.most(False) == full.kept(False) + full.records + full.loss
+
+
+def test_the_bias_of_positions_grows_with_the_square_of_the_context() -> None:
+    """One for all sequences, of each head and block: half as many of twice the length have as many tokens."""
+    net = EncoderDecoder(VOCABULARY, d_model=64, encoder_layers=2, num_heads=4, d_ff=160, sparse=[])
+    one, other = (activations(net, 64 // size, size, PRECISIONS["32-true"]) for size in (16, 32))
+    more = 4 * 4 * (32**2 - 16**2)
+    assert [b - a for a, b in zip(one.blocks, other.blocks, strict=True)] == [more] * 4
+    # Each side ends in a norm.
+    assert one.output == other.output == 2 * 64 * (4 * 64 + 8) + 64 * 4 * (64 + VOCABULARY)
 
 
 def test_autocast_keeps_copies_of_matrices() -> None:
@@ -168,6 +214,8 @@ def test_rows() -> None:
     assert rows_of(layer(router=top2, capacity=capacity, dispatcher=Padded), 3, 10) == 3 * 4 * 7
     # Without one each expert could get every choice.
     assert rows_of(layer(router=top2, dispatcher=Padded), 3, 10) == 3 * 4 * 20
+    # Nor do they get more of a capacity than there are.
+    assert rows_of(layer(router=top2, capacity=partial(Factor, train=100.0), dispatcher=Padded), 3, 10) == 3 * 4 * 20
     # Three groups of 16 tokens, the last one filled up.
     assert rows_of(layer(router=top2, group=16), 4, 10) == 3 * 32
 

@@ -92,6 +92,12 @@ def test_memory_by_hand():
     copies = {str(one.arrangement): one.memory.casts for one in mixed}
     matrices = {n: p.numel() for n, p in net.named_parameters() if p.dim() > 1 and "router" not in n}
     experts = sum(size for name, size in matrices.items() if "experts" in name)
+    again = made(net, replace(WORK, precision=PRECISIONS["bf16-mixed"]), nodes=1, gpus=2, checkpointing=True).fits
+    recomputed = next(one for one in again if "data_parallel_replicate=2" in str(one.arrangement)).memory.casts
+    of_blocks = [
+        sum(size for n, size in matrices.items() if n.startswith(f"blocks.{i}.")) for i in range(len(net.blocks))
+    ]
+    assert recomputed == 2 * (sum(matrices.values()) - sum(of_blocks) + max(of_blocks))
     assert copies["ddp"] == 2 * sum(matrices.values())
     assert copies["expert_parallel_size=2, data_parallel_replicate=1"] == 2 * sum(matrices.values()) - experts
 
@@ -103,6 +109,13 @@ def test_accumulation_keeps_whole_gradients():
     half = {str(one.arrangement): one for one in found.fits}["expert_parallel_size=1, data_parallel_replicate=1"]
     assert half.memory.gradients == total + 2 * total
     assert half.tokens == 4 * 2 * 64
+    # What is gathered has its gradients there, but for the block that computes and the one before it.
+    root = sum(p.numel() for n, p in net.named_parameters() if not n.startswith("blocks."))
+    block = sum(p.numel() for p in net.blocks[0].parameters())
+    assert half.memory.gathered == 2 * (root + 3 * block)
+    others = [part.seconds(GPUS["h100"]) for part in half.collectives if part.what != "tokens"]
+    assert half.step.collectives == pytest.approx(sum(others))
+    assert "counts" in {part.what for part in half.collectives}
 
 
 def test_what_does_not_fit_says_what_is_too_much():
@@ -204,6 +217,8 @@ def test_a_device_of_a_file():
         ({"memory": 80}, "mine.yaml: unknown key 'memory'; known are memory_gib"),
         ({"bf16_tflops": "many"}, "bf16_tflops must be a number > 0; got 'many'"),
         ({"node_gb_per_s": -1}, "node_gb_per_s must be a number > 0; got -1"),
+        ({"memory_gib": True}, "memory_gib must be a number > 0; got True"),
+        ({"efficiency": 1.01}, "efficiency is a share of the peak, at most 1; got 1.01"),
         ({"efficiency": 40}, "efficiency is a share of the peak, at most 1; got 40"),
     ],
 )

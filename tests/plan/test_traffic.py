@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -51,6 +52,9 @@ def test_seconds():
     # Half of the rows leave the machine by one card, a half less the own share stays: the card is what takes long.
     assert Collective("all_to_all", "tokens", Group(8, 4), 1600).seconds(GPU) == 800 / 50
     assert Collective("all_to_all", "tokens", Group(8, 8), 1600).seconds(GPU) == 1400 / 400
+    # Slow neighbours are what it waits for: 600 of the 1400 that leave a device stay in the machine.
+    slow = replace(GPU, node_bandwidth=20.0)
+    assert Collective("all_to_all", "tokens", Group(8, 4), 1600).seconds(slow) == 600 / 20
 
 
 @pytest.mark.parametrize(
