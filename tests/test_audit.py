@@ -93,6 +93,21 @@ class Noisy(Switch):
         return super().forward(tokens * (0.5 + torch.rand_like(tokens)), limit, valid, ids)
 
 
+class Wasteful(Switch):
+    """Draws in evaluation what it has no use for; whoever draws next gets other numbers."""
+
+    def forward(self, tokens, limit, valid, ids=None):
+        torch.rand(())
+        return super().forward(tokens, limit, valid, ids)
+
+
+class Claims(Switch):
+    """Chooses for real tokens alone, and says that all are."""
+
+    def forward(self, tokens, limit, valid, ids=None):
+        return replace(super().forward(tokens, limit, valid, ids), valid=torch.ones_like(valid))
+
+
 class Later(Switch):
     """Sees the mean of the sequence, and does not say so."""
 
@@ -427,17 +442,25 @@ def test_chance_in_evaluation():
     assert status(found, "chance in evaluation") == "fault"
     assert "blocks.0.mlp, blocks.1.mlp" in found["chance in evaluation"].evidence
     assert status(findings(partial(Switch, jitter=0.3, sample=True)), "chance in evaluation") == "ok"
+    found = findings(Wasteful)
+    assert faults(found) == ["chance in evaluation"]
+    assert "unchanged; torch's generator moved, in blocks.0.mlp" in found["chance in evaluation"].evidence
 
 
 def test_padding_that_is_routed():
     found = findings(AllValid)
     assert status(found, "padding") == "fault"
     assert "assignments are padding's" in found["padding"].evidence
+    claimed = findings(Claims)["padding"]
+    assert (claimed.status, "0 of " in claimed.evidence) == ("fault", True)
 
 
 def test_padding_that_a_router_reads():
     found = findings(Later, capacity=Dropless)
     assert "places of padding change the logits" in found["padding"].evidence
+    # Nothing limits it, so that this is no matter of a capacity.
+    assert status(found, "padding") == "fault"
+    assert "capacity" not in found["padding"].evidence
 
 
 def test_padding_that_a_loss_counts():

@@ -211,7 +211,7 @@ def test_a_class_that_a_file_may_not_name(tmp_path: Path, name: str) -> None:
 
 
 def test_last_is_the_newest_intact_over_all_versions(tmp_path: Path) -> None:
-    for age, name in enumerate(["version_1/checkpoints/last.ckpt", "version_0/checkpoints/last.ckpt", "v/best.ckpt"]):
+    for age, name in enumerate(["v/best.ckpt", "version_1/checkpoints/last.ckpt", "version_0/checkpoints/last.ckpt"]):
         path = save(tmp_path / name, step=age)
         os.utime(path, (1000 - age, 1000 - age))
     assert checkpoints.last(tmp_path) == tmp_path / "version_1/checkpoints/last.ckpt"

@@ -639,6 +639,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert (tmp_path / "version_0/checkpoints/last.ckpt").read_bytes() == before
 
 
+def test_weights_whose_sum_overflows_are_saved(tmp_path: Path) -> None:
+    source, loop = data(tmp_path), trainer(tmp_path, steps=1)
+    model = module(source)
+    loop.fit(model, source)
+    saver = next(c for c in loop.callbacks if isinstance(c, SaveLast))
+    saver._saved_at = -1
+    with torch.no_grad():
+        model.net.norm.weight.fill_(3e38)
+    assert model.net.norm.weight.sum().isinf()
+    saver.save(loop)
+    assert saver._saved_at == 1
+
+
 def test_decay_spares_norms_biases_embeddings_and_routers() -> None:
     model = LanguageModule(NET, moe=partial(MOE, experts=partial(Mlp, bias=True)), vocab_size=5)
     decay, spare = decay_groups(model)

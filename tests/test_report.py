@@ -29,7 +29,7 @@ from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
 from switchkit.report.tables import console, fallback_box, figures, loads, model_table, pairs, source_rows
-from switchkit.report.twins import twin_rows
+from switchkit.report.twins import both, twin_rows
 
 CONTEXT = 8
 
@@ -231,3 +231,14 @@ def test_the_scores_of_some_sentences_say_of_how_many() -> None:
         callback.found = [one] * sentences
         shown = _translation(SimpleNamespace(callbacks=[other, callback]), found)
         assert shown == f"BLEU 12.3, chrF 45.6 of 100{told}"
+
+
+def test_two_models_side_by_side() -> None:
+    """What both have alike is said to be equal, what has grown by its share, and of nothing no share is told."""
+    small = Decoder(11, d_model=8, num_layers=1, num_heads=2, d_ff=8, context=8, sparse=[])
+    large = Decoder(11, d_model=8, num_layers=1, num_heads=2, d_ff=16, context=8, sparse=[])
+    rows = {name.strip(): told for name, _, _, told in both(small, large, 8)}
+    of_each = 2 * 8 * 8
+    whole = sum(p.numel() for p in small.parameters())
+    assert rows["attention"] == rows["routers"] == rows["experts"] == "equal"
+    assert rows["parameters"] == f"+{100 * of_each / whole:.3g}%"

@@ -109,6 +109,15 @@ def test_targets_that_do_not_count_are_left_out() -> None:
     assert (line["tokens"], line["nats"], line["loss"]) == ([3, 4], [0.5, 1.0], 0.75)
 
 
+def test_ids_that_only_the_model_has_are_no_text() -> None:
+    """Published models have more than their vocabularies."""
+    words = ByteTokenizer(300)
+    ids = torch.cat([words.encode("a"), torch.tensor([300]), words.encode("b")]).unsqueeze(0)
+    outputs = {"nats": torch.zeros(1, 3), "best": ids, "targets": ids}
+    (line,) = records(outputs, {"source": ids.flip(1)}, words)
+    assert (line["text"], line["source"], line["tokens"]) == ("ab", "ba", ids[0].tolist())
+
+
 def test_results_of_a_module_of_ones_own() -> None:
     assert list(records({"a": torch.tensor([1, 2]), "b": torch.eye(2)}, None, None)) == [
         {"a": 1, "b": [1, 0]},

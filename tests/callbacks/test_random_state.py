@@ -40,6 +40,17 @@ def begun(rank: int, saved: dict[str, Any] | None = None, runs: int = 1) -> list
     return torch.rand(3).tolist()
 
 
+def test_a_state_is_restored_once() -> None:
+    """The next run of the same callback begins where the generators are."""
+    own = RandomState()
+    own.load_state_dict({"ranks": [capture()]})
+    drawn = []
+    for _ in range(2):
+        own.on_train_start(SimpleNamespace(global_rank=0), None)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] != drawn[1]
+
+
 def test_ranks_that_were_seeded_alike_draw_apart() -> None:
     first = begun(0)
     torch.manual_seed(0)

@@ -196,6 +196,23 @@ def test_weights_to_go_on_from_are_kept_beside_averages(tmp_path: Path) -> None:
         assert (files / "averaged.ckpt").exists() != ema
 
 
+class Ends(L.Callback):
+    """Ends training at a batch, as `EarlyStopping` on a value of training does."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        trainer.should_stop = trainer.should_stop or rest[-1] == 3
+
+
+def test_a_run_that_ends_within_a_step_ends_with_that_step(tmp_path: Path) -> None:
+    """Told at the first of its three batches."""
+    source = data(tmp_path)
+    loop = trainer(tmp_path, steps=6, every=4, accumulate_grad_batches=3, val_check_interval=12)
+    loop.callbacks.insert(0, Ends())
+    loop.fit(module(source), source)
+    assert loop.global_step == 2
+    assert checkpoints.read(tmp_path / "version_0/checkpoints/last.ckpt")["global_step"] == 2
+
+
 class Told(L.Callback):
     """Validation values that are known beforehand, by step."""
 

@@ -141,6 +141,13 @@ def test_a_sentence_without_an_output_lowers_chrf() -> None:
     assert math.isclose(translate.scores(found[2:], "val")["val/chrf"], 38.89, abs_tol=0.005)
 
 
+def test_a_reference_shorter_than_an_n_gram_holds_none_against_the_output() -> None:
+    """Of 10 letters 7 are right, of the runs of 2 to 6 all that have a reference; nothing is missing."""
+    found = [Translation("", "abcdef", "abcdef", ""), Translation("", "xyzw", "x", "")]
+    p, r = (7 / 10 + 5) / 6, 1.0
+    assert math.isclose(translate.scores(found, "val")["val/chrf"], 100 * 5 * p * r / (4 * p + r), rel_tol=1e-6)
+
+
 # In a run.
 
 

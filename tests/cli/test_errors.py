@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from switchkit.cli.errors import UserError, first_process
+from switchkit.cli.ranges import check_ranges
+
 SMALL = ["fit", "--config", "small.yaml"]
 
 MISTAKES = {
@@ -347,3 +350,21 @@ def test_a_text_for_an_encoder_decoder(run):
     code, _, error = run("fit", "-c", "t5_span", "--data", "TextData", "--data.path", "text.txt")
     assert code == 2
     assert "data TextData: its batches have no source for the encoder of model.net: take SpanData" in error
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_the_first_of_a_launcher_s_processes_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of any launcher: torchrun and Lightning's own say RANK or LOCAL_RANK, SLURM its own."""
+    for other in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(other, raising=False)
+    assert first_process()
+    monkeypatch.setenv(name, "0")
+    assert first_process()
+    monkeypatch.setenv(name, "1")
+    assert not first_process()
+
+
+def test_a_run_of_no_steps_has_no_least_number_of_them() -> None:
+    check_ranges({"trainer": {"min_steps": 2, "max_steps": -1}})
+    with pytest.raises(UserError, match=r"trainer.min_steps 2: expected at most trainer.max_steps, which is 0"):
+        check_ranges({"trainer": {"min_steps": 2, "max_steps": 0}})

@@ -52,6 +52,18 @@ def test_a_step_on_pairs_costs_the_mean_of_an_epoch_whatever_the_seed(lines: str
     assert model.cost.flops == pytest.approx(3 * model.counts.flops * (source + tokens) / 2, rel=0.05)
 
 
+def test_a_step_costs_three_times_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all micro-batches: 2 of 3 windows with 8 tokens each."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("abcdefgh" * 40)
+    given = {"model": "LanguageModule", "model.net": "Decoder", "data": "TextData", "data.path": "text"}
+    given |= {"data.context": "8", "data.batch_size": "3", "trainer.accumulate_grad_batches": "2"}
+    sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_ff": 8, "num_experts": 2, "context": 8, "sparse": "[0]"}
+    edits = [*given.items(), *((f"model.net.{name}", str(value)) for name, value in sizes.items())]
+    model = model_of("a", composed(Entry("a", ()), edits, []))
+    assert model.cost == Cost(tokens=2 * 3 * 8, flops=3 * model.counts.flops * 2 * 3 * 8)
+
+
 @pytest.mark.parametrize(("limit", "count"), [(1.0, None), (3, 3)])
 def test_held_out_data_may_have_no_length(limit: float, count: int | None) -> None:
     endless = SimpleNamespace(val_dataloader=lambda: iter([]))

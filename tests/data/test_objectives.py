@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from switchkit.data import UL2, ByteTokenizer, CausalLM, CharTokenizer, Mixture, Objective, PrefixLM, SpanCorruption
+from switchkit.data.drawn_windows import DrawnWindows
 from switchkit.data.spans import reconstruct
 
 BYTES = ByteTokenizer()
@@ -41,6 +42,38 @@ def pieces(batch: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[in
         batch["source"][row][batch["source_valid"][row]].tolist(),
         batch["targets"][row][batch["valid"][row]].tolist(),
     )
+
+
+def test_a_member_without_weight_shortens_no_window() -> None:
+    """Though its own inputs would have room for fewer tokens."""
+    objectives = [CausalLM, partial(PrefixLM, weight=0.0)]
+    mixed, short = (Mixture(BYTES, objectives=some) for some in (objectives, [CausalLM, PrefixLM]))
+    assert (mixed.raw_length(20), short.raw_length(20)) == (20, 19)
+
+
+@pytest.mark.parametrize(("length", "read"), [(9, 3), (8, 2), (7, 2), (2, 1)])
+def test_a_share_of_a_row_is_rounded(length: int, read: int) -> None:
+    """0.3 of 9 is 2.7; one token at least is read, and one written."""
+    batch = PrefixLM(BYTES, prefix=0.3)(text(1, length), seeded())
+    assert [len(piece) - 1 for piece in pieces(batch, 0)] == [read, length - read]
+
+
+def test_the_mode_is_no_sentinel_of_its_objective() -> None:
+    """Its spans take the next ones, so that it stands at the beginning alone."""
+    objective = SpanCorruption(BYTES, mode="<extra_id_0>")
+    batch = objective(text(4, 60), seeded())
+    mode = BYTES.special_id("<extra_id_0>")
+    assert all(row.tolist()[0] == mode and (row == mode).sum() == 1 for row in batch["source"])
+    assert not (batch["targets"] == mode).any()
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(30, 1), (39, 1), (40, 2), (50, 3)])
+def test_the_last_window_of_a_text_may_end_with_it(tokens: int, windows: int) -> None:
+    """Windows of 30 tokens, 10 apart, each in two ways."""
+    drawn = DrawnWindows(text(1, tokens)[0], CausalLM(BYTES), 30, 10, 2)
+    assert (drawn.windows, len(drawn)) == (windows, 2 * windows)
+    last = drawn.batch(torch.tensor([2 * windows - 1]))
+    assert last["targets"].tolist() == [drawn.tokens[10 * (windows - 1) :][:30].tolist()]
 
 
 # All objectives.

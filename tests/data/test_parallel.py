@@ -56,6 +56,14 @@ def put(folder: Path, **texts: str | bytes) -> dict[str, str]:
 # Multi30k.
 
 
+def test_separators_of_unicode_are_text(tmp_path: Path) -> None:
+    """Within a line and at its end; a space, a tab and the carriage return are not kept there."""
+    lines = ["a\x0bb\x0c", "c\u2028d\x85", "e\u3000"]
+    told = put(tmp_path, source="".join(f" {line}\t \r\n" for line in lines), target="x\ny\nz\n")
+    found = read_parallel({"train": PairFiles(told["source"], {"de": told["target"]})})
+    assert [*found.parts["train"]["source"], *found.parts["val"]["source"]] == lines
+
+
 def test_the_published_files_are_known_by_size_and_sum() -> None:
     assert set(MULTI30K) == set(SAID)
     for name, file in MULTI30K.items():

@@ -84,6 +84,14 @@ def test_the_share_held_out(tmp_path: Path, file: str, held_out: float) -> None:
     assert 0 <= held_out * index.tokens - (index.tokens - index.train_tokens) + 1 <= 1 + 1e-6
 
 
+@pytest.mark.parametrize(("held_out", "train"), [(0.9, 1), (0.3, 7), (0.1, 9)])
+def test_the_share_is_that_of_the_decimal(tmp_path: Path, held_out: float, train: int) -> None:
+    """In floats 10 * (1 - 0.9) is less than 1."""
+    (tmp_path / "ten").write_text("abcdefghij")
+    index = prepare(tmp_path / "out", [TextFile(str(tmp_path / "ten"))], ByteTokenizer(), held_out=held_out)
+    assert index.train_tokens == train
+
+
 @pytest.mark.parametrize("held_out", [1e-9, 0.9999])
 def test_a_text_too_short_for_the_share_is_refused(tmp_path: Path, held_out: float) -> None:
     (tmp_path / "short").write_text("a" if held_out < 0.5 else "abc")

@@ -241,6 +241,13 @@ def test_other_sentinels_and_sizes_make_the_same_tokens(tmp_path: Path) -> None:
 # What cannot be.
 
 
+def test_a_folder_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    """An empty one too, whose place a rename would take."""
+    with pytest.raises(DataError, match="out is there already"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder without index.json; name one text file, or a folder that"):
         TextData(str(tmp_path)).setup()
@@ -277,6 +284,7 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
     "hidden": ("shards.0.file", ".secret", "plain name"),
     "itself": ("shards.0.file", "index.json", "plain name"),
     "nul": ("shards.0.file", "a\0b", "plain name"),
+    "twice in other letters": ("shards.1.file", "TOKENS-00000.bin", "files that are each named once"),
     "twice": ("shards.1.file", "tokens-00000.bin", "files that are each named once"),
     "no text": ("shards.0.file", 7, "a text"),
     "negative": ("shards.0.tokens", -1, "an integer from 1"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,6 +211,18 @@ def test_a_bad_download_leaves_nothing_behind(cache: Path, serve: Serve, reply: 
         find_text("tinyshakespeare")
     assert files(cache) == []
     assert find_text("tinyshakespeare", fallback=True).generated
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), http.client.BadStatusLine("?")])
+def test_a_server_that_speaks_no_http_is_a_failed_download(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*given: Any, **more: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", fails)
+    with pytest.raises(DataError, match="the download failed"):
+        find_text("tinyshakespeare")
 
 
 def test_a_file_appears_in_the_cache_whole_or_not_at_all(

@@ -63,6 +63,15 @@ def test_the_published_lengths(inputs: int, density: float, mean: float, raw: in
     assert span_lengths(raw, density, mean) == (inputs, targets)
 
 
+@pytest.mark.parametrize("density", [0.15, 0.6])
+def test_the_helper_fills_the_input_but_at_a_half(density: float) -> None:
+    """One token more would be too much, however long the target; only at 0.5 are equal lengths preferred."""
+    raw, targets = random_spans_helper(100, density, 4.0)
+    assert span_lengths(raw, density, 4.0) == (100, targets)
+    assert span_lengths(raw + 1, density, 4.0)[0] > 100
+    assert random_spans_helper(101, density, 4.0)[0] > raw
+
+
 def test_t5_has_28_spans_and_byt5_9() -> None:
     assert span_counts(568, 0.15, 3.0) == (85, 28)
     assert span_counts(1193, 0.15, 20.0) == (179, 9)

@@ -34,6 +34,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("text") / "text.txt"
 
 
+def test_several_spaces_are_cut_nowhere(small: None, tmp_path: Path) -> None:
+    """They are often one token, or one with what follows: the only place is before the space that stands alone."""
+    (tmp_path / "a").write_text("aaaaaaaaa b  c  d")
+    assert [*TextFile(str(tmp_path / "a")).pieces()] == ["aaaaaaaaa", " b  c  d"]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_pieces_are_the_text_and_short(small: None, file: Path, packed: bool) -> None:
     path = file.with_suffix(".txt.gz") if packed else file
