@@ -22,8 +22,8 @@ class Window:
     full forward. Where the model's `context` is full, the older half of the sequence is forgotten and the cache made
     anew from the newer half, so that a token costs about the same all the way; without a cache the same is forgotten.
 
-    Rows that would share the capacity of experts (`group` "batch" or a number of tokens), be it in an encoder alone, are
-    computed one after another and without a cache: each is what it is alone, beams of one text included.
+    Rows that would share the capacity of experts (`group` "batch" or a number of tokens), be it in an encoder alone,
+    are computed one after another and without a cache: each is what it is alone, beams of one text included.
 
     Args:
         net: a `Decoder`, an `EncoderDecoder`, or a model that is called as one of them.
