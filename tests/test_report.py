@@ -23,8 +23,10 @@ from switchkit import (
 )
 from switchkit.callbacks import Translation, Translations
 from switchkit.data.subwords import FileTokenizer
+from switchkit.distill.table import TableRow
 from switchkit.report import count
 from switchkit.report.began import Began
+from switchkit.report.distillation import distill_table
 from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.run import _length, _speed, _translation
 from switchkit.report.sample import command, sample
@@ -242,3 +244,16 @@ def test_two_models_side_by_side() -> None:
     whole = sum(p.numel() for p in small.parameters())
     assert rows["attention"] == rows["routers"] == rows["experts"] == "equal"
     assert rows["parameters"] == f"+{100 * of_each / whole:.3g}%"
+
+
+def test_figures_of_distillation_fit_a_terminal() -> None:
+    """80 columns: a number that is cut says another one."""
+    rows = [
+        TableRow("distilled, non_expert", (1.4, 1.41, 1.42), 1_234_567, 0.987, 123456.0, 4_938_268, None, None),
+        TableRow("teacher", (1.3,), 135_526_912, 0.0, 43456.0, 542_107_648, None, None),
+    ]
+    shown = StringIO()
+    Console(file=shown, width=80).print(distill_table(rows, "a text"))
+    assert "…" not in shown.getvalue()
+    for text in ("1.4100", "0.0100", "1.23M", "136M", "98.7%", "123,456", "4.71 MiB"):
+        assert text in shown.getvalue(), text

@@ -195,11 +195,10 @@ def seq2seq(found: Figures) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = figures(title, columns, frame=box.SIMPLE_HEAD, no_wrap=True, overflow="fold")
+    table = figures(title, columns, frame=box.SIMPLE_HEAD, no_wrap=True)
     table.caption_justify = "left"
-    # Names break where there is no room; of a number that is cut nobody knows that it is.
     table.collapse_padding = True
-    table.columns[0].no_wrap = False
+    table.columns[0].no_wrap = False  # names break where there is no room
     return table
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from switchkit.distill.table import TableRow
-from switchkit.report.numbers import three_digits
+from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.tables import figures
 
 __all__ = ["distill_table"]
@@ -16,15 +16,15 @@ __all__ = ["distill_table"]
 def distill_table(rows: Sequence[TableRow], about: str) -> Table:
     """Losses, what of the gain is kept, and what it costs; `about` says on what text."""
     peak = any(row.peak is not None for row in rows)
-    names = ("model", "seeds", "nats per token", "gain kept", "parameters", "smaller", "tokens/s", "weights")
-    table = figures(f"Distillation: {about}", [*names, *(["peak memory"] if peak else [])])
+    names = ("model", "seeds", "nats per\ntoken", "gain\nkept", "para-\nmeters", "smaller", "tokens\n/s", "weights")
+    table = figures(f"Distillation: {about}", [*names, *(["peak\nmemory"] if peak else [])])
     for row in rows:
         cells = [
             row.name,
             str(len(row.losses)),
             f"{row.loss:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}"),
             _kept(row),
-            f"{row.parameters:,}",
+            with_unit(row.parameters),
             f"{row.compression:.1%}",
             f"{row.tokens_per_second:,.0f}",
             _bytes(row.weights),

@@ -99,8 +99,8 @@ def _tables(title: str, shown: tuple[Estimate, ...]) -> Iterator[Table]:
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
-    # Seven numbers find room in 80 columns; in fewer they are folded, as cut ones could not be told apart.
-    table = figures(title, ("layout", *names), overflow="fold")
+    # Seven numbers find room in 80 columns so.
+    table = figures(title, ("layout", *names))
     table.collapse_padding = True
     return table
 

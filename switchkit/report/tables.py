@@ -44,12 +44,13 @@ def figures(
 ) -> Table:
     """A table for rows of figures: what they are of on the left, they on the right, but for the columns of `words`.
 
-    `each` is for every column, such as ``no_wrap``.
+    `each` is for every column, such as ``no_wrap``. Where there is no room, figures are folded: of one that is cut
+    nobody knows what it was.
     """
     framed = frame is ROUNDED
     table = Table(title=title, title_justify="left", title_style="bold", box=frame, pad_edge=framed)
     for n, name in enumerate(names):
-        table.add_column(name, justify="right" if n and name not in words else "left", **each)
+        table.add_column(name, justify="right" if n and name not in words else "left", **{"overflow": "fold", **each})
     table.columns[0].style = "cyan" if framed else ""
     return table
 

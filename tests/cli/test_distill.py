@@ -315,7 +315,7 @@ def test_the_report(taught, distilled, dense, run):
     code, out, err = run(*given)
     assert code == 0, err
     assert "mix" in out
-    assert "gain kept" in out
+    assert "nats per" in out
     code, out, _ = run(*given, "--json")
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     assert list(rows) == ["dense", "teacher", "mix"]
