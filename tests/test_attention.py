@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
 import oracle
 import pytest
@@ -150,6 +151,26 @@ def test_dropout_falls_on_the_shares(learns: bool | None) -> None:
     oracle.assert_same({"y": found}, {"y": torch.full_like(found, 0.4).masked_fill(dropped, 0)}, EXACT)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(Attention, 8, 2),
+        partial(LatentAttention, 8, 2, kv_rank=6, nope_width=3, rope_width=4, v_width=5),
+        partial(CrossAttention, 8, 2),
+    ],
+    ids=["heads", "latent", "cross"],
+)
+def test_dropout_is_for_training(build: partial) -> None:
+    wet, dry, x = build(dropout=0.5), build(), tokens().float()
+    dry.load_state_dict(wet.state_dict())
+
+    def y(attention: nn.Module) -> Tensor:
+        return attention(x, attention.key_values(x)) if isinstance(attention, CrossAttention) else attention(x)[0]
+
+    assert torch.equal(y(wet.eval()), y(dry))
+    assert not torch.equal(y(wet.train()), y(dry))
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_bias_does_not_open_the_future(learns: bool) -> None:
     attention, x = Attention(8, 2, causal=True).double().eval(), tokens()
@@ -213,7 +234,10 @@ def test_token_by_token_equals_all_at_once(attention: nn.Module) -> None:
         y, _, past = attention(x[:, first:last], past=past)
         outputs.append(y)
     assert past.length == 9
-    oracle.assert_same({"y": torch.cat(outputs, 1)}, {"y": attention(x)[0]}, EXACT)
+    results = [{"y": torch.cat(outputs, 1)}, {"y": attention(x)[0]}]
+    for result in results:
+        (result["x"],) = torch.autograd.grad(result["y"].square().sum(), x, retain_graph=True)
+    oracle.assert_same(*results, EXACT)
     kept = past.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.k, past.k[[1, 1, 0]])
 

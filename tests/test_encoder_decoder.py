@@ -221,3 +221,13 @@ def test_first_embeddings(given: dict[str, float], expected: float) -> None:
     weight = EncoderDecoder(4000, d_model=16, encoder_layers=1, sparse=[], **given).embed.weight
     # 64,000 normal values: the standard deviation is known to about 0.3 %.
     assert abs(weight.std().item() / expected - 1) < 0.02
+
+
+def test_first_biases() -> None:
+    """Of the same deviation in both stacks, drawn for each."""
+    net = EncoderDecoder(11, d_model=16, encoder_layers=1, num_heads=8, sparse=[], buckets=512, max_distance=1000)
+    first, second = net.encoder.relative.weight, net.decoder.relative.weight
+    assert not torch.equal(first, second)
+    for weight in (first, second):
+        # 4096 normal values: the standard deviation is known to about 1 %.
+        assert abs(weight.std().item() * 4 - 1) < 0.05

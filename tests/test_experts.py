@@ -81,7 +81,7 @@ def test_grouped_linear_is_an_einsum(
 
 
 @pytest.mark.parametrize("load", LOADS, ids=str)
-@pytest.mark.parametrize("wanted", [("x", "w1", "w2"), ("x",), ("w1", "w2")], ids=str)
+@pytest.mark.parametrize("wanted", [("x", "w1", "w2"), ("x",), ("w1", "w2"), ("w1",), ("w2",)], ids=str)
 @pytest.mark.parametrize("path", ["loop, float64", "one grouped call, float32"])
 def test_relu_mlp_is_two_products_around_a_relu(path: str, wanted: tuple[str, ...], load: tuple[int, ...]) -> None:
     """In one piece as in two, whatever needs a gradient; the ReLU closes half of the hidden units."""

@@ -298,6 +298,18 @@ def test_with_a_cache_a_step_is_one_token() -> None:
     assert torch.equal(cached.tokens, whole.tokens)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_cache_is_kept_where_none_is_wanted(beams: int, use_cache: bool) -> None:
+    prompt = torch.tensor([1, 0])
+    for run, given in ((generate, prompt.view(1, 2)), (continuation, prompt), (completions, [prompt])):
+        net = Trigram()
+        found = run(net, given, max_new_tokens=3, num_beams=beams, use_cache=use_cache)
+        assert len(found.tokens if run is generate else list(found)) > 0
+        assert net.calls.cached == [use_cache] * 3
+        assert (max(net.calls.sizes[1:]) == 1) == use_cache
+
+
 def test_what_a_cache_would_change_is_computed_without_one() -> None:
     net = Trigram()
     net.uncacheable = "a capacity binds"
@@ -464,6 +476,19 @@ def spread(net: Any) -> Any:
     return net.eval()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_log_probabilities_are_taken_in_float32_at_least(
+    dtype: torch.dtype, wanted: torch.dtype, use_cache: bool
+) -> None:
+    window = Window(decoder().to(dtype), torch.tensor([[1, 2]]), use_cache=use_cache)
+    assert window.logits().dtype == wanted
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_decoder_with_a_cache_and_without_over_the_end_of_its_context(positions: str, beams: int) -> None:
@@ -501,7 +526,7 @@ def test_several_prompts_as_one_would_be_alone(positions: str) -> None:
 def test_several_sources_as_one_would_be_alone() -> None:
     net = encoder_decoder(start_id=2)
     sources = [torch.randint(1, 11, (n,)) for n in (1, 7, 3)]
-    for options in ({"temperature": 0}, {"num_beams": 2}):
+    for options in ({"temperature": 0}, {"num_beams": 2, "temperature": 0}):
         found = completions(net, sources, 8, eos_id=4, **options)
         assert found == [list(continuation(net, source, 8, eos_id=4, **options)) for source in sources]
 

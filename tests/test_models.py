@@ -105,8 +105,13 @@ def test_records_of_sparse_attention_come_before_those_of_its_block() -> None:
     model = Decoder(7, d_model=8, num_layers=2, num_heads=2, d_ff=6, num_experts=4, sparse=[1], sparse_attention=[1])
     names = [name for name, part in model.named_modules() if isinstance(part, MoELayer)]
     assert names == ["blocks.1.attention.qkv.0", "blocks.1.attention.qkv.1", "blocks.1.attention.qkv.2", "blocks.1.mlp"]
+    said = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _, given, out, name=name: said.update({name: out[1]}))
     routings = model(torch.randint(0, 7, (2, 5))).routings
     assert len(routings) == 4
+    assert all(routing is said[name] for name, routing in zip(names, routings, strict=True))
     load = sum(r.load.sum() for r in routings)
     assert load == 4 * 10
     grads = torch.autograd.grad(
