@@ -139,6 +139,16 @@ def test_a_bias_is_added_to_the_scores(learns: bool, padded: bool, scale: float 
     oracle.assert_same(results[0], results[1], EXACT)
 
 
+def test_a_bias_learns_beside_grouped_queries() -> None:
+    """Four heads of queries, two of keys and values: PyTorch falls back to what gives a mask its gradient."""
+    q, bias = split(tokens(), 4), torch.randn(1, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    k, v = (split(torch.randn(2, 5, 4, dtype=torch.float64), 2) for _ in range(2))
+    results = [{"y": attend(q, k, v, bias=bias)}, {"y": pairs(q, k, v, ALL, 0.5**0.5, bias[0])}]
+    for result in results:
+        (result["bias"],) = torch.autograd.grad(result["y"].square().sum(), bias, retain_graph=True)
+    oracle.assert_same(*results, EXACT)
+
+
 @pytest.mark.parametrize("learns", [False, True, None], ids=["fixed bias", "bias learns", "no bias"])
 def test_dropout_falls_on_the_shares(learns: bool | None) -> None:
     """Even shares of a fifth: of a half of them nothing is left, and the others are twice as large."""

@@ -28,7 +28,7 @@ from switchkit import (
     named,
 )
 from switchkit.capacity.base import place_by_arrival
-from switchkit.losses.base import over_layers
+from switchkit.losses.base import built, over_layers
 
 LOSSES = list(named(Loss).values())
 PLACES = ("logits", "probs", "weight")
@@ -305,6 +305,15 @@ def test_bad_options_are_refused(make, says: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert says in str(caught.value)
+
+
+def test_a_loss_may_hold_modules_that_have_no_state() -> None:
+    class Own(RouterZ):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shares = torch.nn.Softmax(-1)
+
+    assert [type(term) for term in built([Own, Balance])] == [Own, Balance]
 
 
 @pytest.mark.parametrize("make", [Balance, RouterZ, lambda **o: Balance(layers="pooled", scale="k", **o)])
