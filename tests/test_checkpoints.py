@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,21 +84,25 @@ def trainer_with(files: AtomicCheckpointIO) -> Any:
     return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=files))
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_an_error_while_settling_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
-    """By the save itself, or by the next wait."""
+@pytest.mark.parametrize("later", ["", "wait", "save_checkpoint", "load_checkpoint"])
+def test_an_error_while_settling_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str) -> None:
+    """By the save itself, or by what waits for it: the next save or load, or the end."""
     path = save(tmp_path / "a.ckpt", step=1)
-    files = AtomicCheckpointIO()
+    files, tried = AtomicCheckpointIO(), threading.Event()
 
     def full(*rest: object) -> None:
+        tried.set()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     if later:
         with settling_later(trainer_with(files)):
             files.save_checkpoint({"global_step": 2}, path)
+        tried.wait()
+        monkeypatch.undo()  # there is room again, for what comes
+        given = {"save_checkpoint": ({"global_step": 3}, path), "load_checkpoint": (path,)}.get(later, ())
         with pytest.raises(OSError, match="No space left") as found:
-            files.wait()
+            getattr(files, later)(*given)
     else:
         with pytest.raises(OSError, match="No space left") as found:
             files.save_checkpoint({"global_step": 2}, path)

@@ -34,7 +34,7 @@ from switchkit import (
     TopK,
     named,
 )
-from switchkit.counts import Counts, buffered, count
+from switchkit.counts import Counts, buffered, count, products
 from switchkit.experts.grouped import grouped_linear
 
 V, D, H, F, E, S = 11, 16, 2, 24, 4, 8
@@ -225,3 +225,11 @@ def test_full_buffers() -> None:
 def test_all_but_routers_is_matched() -> None:
     found = Counts(parameters=1, active=1, experts=2, routers=30, attention=400, other=5000)
     assert (found.flops, found.matched) == (5432, 5402)
+
+
+@pytest.mark.parametrize(("group", "rows"), [("sequence", 16 / 10), (8, 12 / 8)])
+def test_experts_choose_among_the_tokens_of_their_group(group: Any, rows: float) -> None:
+    """Four experts, each of ceil(10 * 1.5 / 4) = 4 tokens of a sequence of 10, or of ceil(8 * 1.5 / 4) = 3 of 8."""
+    router = partial(ExpertChoice, capacity_factor=1.5)
+    layer = MoELayer(6, 4, d_ff=5, router=router, group=group)
+    assert products(layer, 10) == (pytest.approx(rows * 2 * 6 * 5), 0)

@@ -10,7 +10,7 @@ import torch
 from equal import Case, alone, one_by_one, train, worst
 
 from switchkit import RouterZ
-from switchkit.step import MicroBatch, Seen, gradient_scale
+from switchkit.step import MicroBatch, Seen, Step, gradient_scale
 
 LINEAR: Any = {"losses": [partial(RouterZ, weight=0.1)], "steps": 2}
 
@@ -58,3 +58,21 @@ def test_a_first_micro_batch_of_padding_weighs_nothing() -> None:
     empty, full = MicroBatch(seen(0, 0), seen(0, 0)), MicroBatch(seen(5, 5), seen(5, 5))
     weights = [0.0 if (w := batch.weights(first)) is None else float(w[0]) for batch, first in ((full, empty),)]
     assert weights[0] * float(gradient_scale([empty, full], 2)) / 2 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_counts_in_the_middle_of_a_step_are_saved_and_go_on(first: bool) -> None:
+    """Of all devices, which are the first one's when they are read; 3 of 5 are this device's, then 2 of 4."""
+    begun, again = Step(), Step()
+    begun.count(MicroBatch(seen(3, 3), seen(5, 5), devices=2))
+    saved = begun.saved()
+    assert saved is not None
+    assert saved.tolist() == [[5, 5]]
+    again.restore(saved, first)
+    again.count(MicroBatch(seen(2, 2), seen(4, 4), devices=2))
+    loads = [again.load(scope) for scope in ("rank", "global")]
+    assert [None if load is None else load.tolist() for load in loads] == [[[7 if first else 2]], [[9]]]
+    counts = again.take_counts()
+    assert counts is not None
+    assert counts.tolist() == [[9, 9]]
+    assert again.saved() is None

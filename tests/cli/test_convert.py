@@ -12,6 +12,7 @@ import torch
 from switchkit import ByteTokenizer, CharTokenizer, Decoder, EncoderDecoder, LanguageModule
 from switchkit.cli import main
 from switchkit.cli.conversion import Conversion
+from switchkit.interop.files import save_checkpoint
 
 # Of Lightning and jsonargparse, as in every run.
 pytestmark = [
@@ -39,6 +40,20 @@ def test_upcycle_keeps_vocabulary_and_data_and_trains_on(dense: Path, folder: Pa
     more = ["--data.path", "text.txt", "--data.batch_size", "2", "--data.context", "16", "--trainer.max_steps", "1"]
     begin = ["--init_from", "made.ckpt", "--data", "TextData", "--trainer.accelerator", "cpu"]
     assert main(["fit", *begin, *more, "--trainer.limit_val_batches", "1"]) == 0
+
+
+def test_upcycling_draws_from_its_seed(folder: Path, capsys) -> None:
+    """Whatever was drawn before."""
+    net = partial(Decoder, d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=2, context=8, sparse=[])
+    save_checkpoint(LanguageModule(net, vocab_size=5), folder / "dense.ckpt")
+    made = []
+    for number, seed in enumerate(("1", "1", "2")):
+        torch.manual_seed(number)
+        options = ["--num_experts", "2", "--noise", "0.1", "--seed", seed, "--out", f"{number}.ckpt"]
+        assert main(["upcycle", "dense.ckpt", *options]) == 0
+        made.append(LanguageModule.load_from_checkpoint(f"{number}.ckpt").state_dict()["net.blocks.0.mlp.experts.w1"])
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from switchkit.cli.errors import UserError, first_process
+from switchkit.cli.errors import UserError, first_process, one_line
+from switchkit.cli.options import seed
 from switchkit.cli.ranges import check_ranges
 
 SMALL = ["fit", "--config", "small.yaml"]
@@ -362,6 +365,21 @@ def test_the_first_of_a_launcher_s_processes_speaks(monkeypatch: pytest.MonkeyPa
     assert first_process()
     monkeypatch.setenv(name, "1")
     assert not first_process()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_a_full_share_of_it(number: int) -> None:
+    """Whoever writes."""
+    error = OSError(number, "no room", "runs/a.ckpt")
+    assert one_line(error) == "runs/a.ckpt: no room: free some, or write to another disk"
+    assert one_line(OSError(errno.EIO, "broken", "runs/a.ckpt")) is None
+
+
+def test_seeds_are_those_of_torch() -> None:
+    assert seed(str(2**63 - 1)) == 2**63 - 1
+    for wrong in ("-1", str(2**63), "1.5"):
+        with pytest.raises(ArgumentTypeError, match="an integer from 0 to 2"):
+            seed(wrong)
 
 
 def test_a_run_of_no_steps_has_no_least_number_of_them() -> None:

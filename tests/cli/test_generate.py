@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from switchkit import CharTokenizer, Decoder, EncoderDecoder, Factor, LanguageModule, MoELayer, TopK
+from switchkit.cli.generate import _texts
 from switchkit.cli.prompts import Prompt, encoded
 from switchkit.data import ByteTokenizer
 from switchkit.data.encoded_pairs import prefixes_of
@@ -164,9 +165,21 @@ def test_brackets_of_a_source_are_text_as_in_training(folder):
     empty = torch.empty(0, dtype=torch.long)
     found = encoded(Prompt("see [1] and <b>bold</b>", ""), tokenizer, empty, (1,))
     assert found.tolist() == [*tokenizer.encode("see [1] and <b>bold</b>").tolist(), 1]
+    # Of several ids that end a text, as published models have them, one.
+    found = encoded(Prompt("a", ""), ByteTokenizer(), empty, (1, 7))
+    assert found.tolist() == [*ByteTokenizer().encode("a").tolist(), 1]
     found = encoded(Prompt("see [1] <extra_id_0> <b>", ""), tokenizer, empty)
     parts = [tokenizer.encode("see [1] "), torch.tensor([tokenizer.sentinel(0)]), tokenizer.encode(" <b>")]
     assert found.tolist() == torch.cat(parts).tolist()
+
+
+def test_half_a_character_waits_for_its_other_half():
+    """Nothing that was written can be taken back; what never becomes a character is written in the end."""
+    bytewise = ByteTokenizer()
+    ids = bytewise.encode("aé漢").tolist()
+    before, *new = ids
+    assert [*_texts(bytewise, iter(new), [before])] == ["é", "漢", ""]
+    assert [*_texts(bytewise, iter(new[:-1]), [before])] == ["é", "\ufffd"]
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_taken(folder, run):

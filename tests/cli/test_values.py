@@ -27,6 +27,7 @@ from switchkit.cli.values import convert
         ("[1, 3]", str | list[int], [1, 3]),
         ("every(2)", str | list[int], "every(2)"),
         ("[a, b", str, "[a, b"),
+        ("", str | None, ""),  # null for YAML, and a variable of the shell that was never set would be a default
     ],
 )
 def test_texts_of_a_command_line_are_read_by_type(text, hint, value):
@@ -43,6 +44,7 @@ def test_texts_of_a_command_line_are_read_by_type(text, hint, value):
         ("1", bool, "true or false"),
         ("batc", Literal["sequence", "batch"], "'sequence' or 'batch', got 'batc'. Did you mean 'batch'?"),
         ("[1, x]", list[int], "a list of"),
+        ("true", Literal[-1, 1], "-1 or 1, got 'true'"),  # which Python holds for equal to 1
     ],
 )
 def test_what_does_not_fit_says_what_would(text, hint, words):

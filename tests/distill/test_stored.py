@@ -16,7 +16,7 @@ from small import NET, data, text_file, trainer, weights
 
 from switchkit import DistillModule, ExpertChoice, MoELayer, SpanData, checkpoints
 from switchkit.data.loader import Windows
-from switchkit.distill.stored import FILES, WORDS, StoredTeacher
+from switchkit.distill.stored import FILES, WORDS, StoredTeacher, digests
 from switchkit.distill.storing import store
 from switchkit.distill.teacher import open_teacher
 
@@ -250,6 +250,16 @@ def test_a_damaged_folder(tmp_path, name):
         StoredTeacher(folder)
 
 
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_folder_of_another_version_is_refused(tmp_path, version):
+    teacher(tmp_path)
+    folder = written(tmp_path, 4)
+    told = json.loads((folder / "teacher.json").read_text())
+    (folder / "teacher.json").write_text(json.dumps({**told, "format_version": version}))
+    with pytest.raises(ValueError, match=f"has format_version {version}; this switchkit reads 1; write the folder"):
+        StoredTeacher(folder)
+
+
 def test_an_index_cannot_name_what_is_no_part(tmp_path):
     teacher(tmp_path)
     folder = written(tmp_path, 4)
@@ -297,3 +307,19 @@ def test_a_stop_in_the_middle_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         store(open_teacher(tmp_path / "teacher.ckpt"), windows(tmp_path), tmp_path / "words", k=2, told=stop)
     assert not [path for path in tmp_path.iterdir() if "words" in path.name]
+
+
+def test_rows_that_are_cut_elsewhere_are_other_rows():
+    """The same ids one after another, of which more are the source's in one of them."""
+    valid = torch.tensor([[True, False], [True, True]])
+    batch = {
+        "tokens": torch.tensor([[1, 0], [1, 2]]),
+        "targets": torch.tensor([[2, 0], [3, 4]]),
+        "source": torch.tensor([[3, 4], [0, 0]]),
+        "valid": valid,
+        "source_valid": torch.tensor([[True, True], [False, False]]),
+    }
+    first, second = digests(batch)
+    assert first != second
+    # What stands at padding is not looked at.
+    assert [*digests({**batch, "tokens": batch["tokens"].masked_fill(~valid, 9)})] == [first, second]

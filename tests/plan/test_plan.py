@@ -68,8 +68,9 @@ def test_computing_takes_three_forward_passes_and_with_recomputation_four():
 
 def test_a_terminal_of_80_columns_cuts_no_number(monkeypatch, capsys):
     monkeypatch.setattr(report, "console", lambda: Console(width=80))
-    report.plan_tables(made(nodes=2, gpus=8), WORK, GPUS["h100"], 2, 8, 0.1, True, "")
+    report.plan_tables(made(nodes=2, gpus=8), replace(WORK, accumulate=3), GPUS["h100"], 2, 8, 0.1, True, "")
     assert "tokens/s" in (told := capsys.readouterr().out)
+    assert f"3 micro-batches, {2 * 8 * 3 * WORK.batch * WORK.context:,} tokens on all devices" in told
     assert "…" not in told
 
 
