@@ -25,7 +25,7 @@ from switchkit.callbacks import Translation, Translations
 from switchkit.data.subwords import FileTokenizer
 from switchkit.distill.table import TableRow
 from switchkit.report import count
-from switchkit.report.began import Began
+from switchkit.report.began import Began, ended
 from switchkit.report.distillation import distill_table
 from switchkit.report.numbers import three_digits, with_unit
 from switchkit.report.run import _length, _speed, _translation
@@ -257,3 +257,24 @@ def test_figures_of_distillation_fit_a_terminal() -> None:
     assert "…" not in shown.getvalue()
     for text in ("1.4100", "0.0100", "1.23M", "136M", "98.7%", "123,456", "4.71 MiB"):
         assert text in shown.getvalue(), text
+
+
+def test_a_layer_that_nothing_was_sent_to_has_no_bar() -> None:
+    (row,) = loads(torch.zeros(1, 3), ["blocks.0.mlp"], [3])
+    assert row == ("load blocks.0.mlp", f"{3 * row[1][0]}  largest 0.0%, smallest 0.0%")
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ((5, None), "the checkpoint is at step 5 already, and trainer.max_steps is 5. "),
+        ((-1, 2), "the checkpoint is at epoch 2 already, and trainer.max_epochs is 2. "),
+        ((6, 3), None),
+        ((-1, -1), None),
+    ],
+)
+def test_a_checkpoint_at_the_very_end_is_told(limits: tuple[int, int | None], told: str | None) -> None:
+    """Of step 5 and epoch 2."""
+    trainer = SimpleNamespace(global_step=5, current_epoch=2, max_steps=limits[0], max_epochs=limits[1])
+    found = ended(trainer)  # type: ignore[arg-type]
+    assert found is None if told is None else told in (found or "")

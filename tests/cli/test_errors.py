@@ -11,7 +11,7 @@ import pytest
 
 from switchkit.cli.errors import UserError, first_process, one_line
 from switchkit.cli.options import seed
-from switchkit.cli.ranges import check_ranges
+from switchkit.cli.ranges import check_ranges, check_run
 
 SMALL = ["fit", "--config", "small.yaml"]
 
@@ -380,6 +380,19 @@ def test_seeds_are_those_of_torch() -> None:
     for wrong in ("-1", str(2**63), "1.5"):
         with pytest.raises(ArgumentTypeError, match="an integer from 0 to 2"):
             seed(wrong)
+
+
+@pytest.mark.parametrize("devices", [0, -2])
+def test_a_run_has_a_device(devices: int) -> None:
+    check_ranges({"trainer": {"devices": -1}})
+    with pytest.raises(UserError, match=f"trainer.devices {devices}: expected a number from 1, -1 for all, auto"):
+        check_ranges({"trainer": {"devices": devices}})
+
+
+def test_a_run_of_no_steps_may_read_nothing() -> None:
+    check_run({"trainer": {"limit_train_batches": 0, "max_steps": 0}}, "fit")
+    with pytest.raises(UserError, match="trainer.limit_train_batches 0: fit would read nothing"):
+        check_run({"trainer": {"limit_train_batches": 0, "max_steps": 5}}, "fit")
 
 
 def test_a_run_of_no_steps_has_no_least_number_of_them() -> None:

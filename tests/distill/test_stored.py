@@ -17,7 +17,7 @@ from small import NET, data, text_file, trainer, weights
 from switchkit import DistillModule, ExpertChoice, MoELayer, SpanData, checkpoints
 from switchkit.data.loader import Windows
 from switchkit.distill.stored import FILES, WORDS, StoredTeacher, digests
-from switchkit.distill.storing import store
+from switchkit.distill.storing import store, top_k
 from switchkit.distill.teacher import open_teacher
 
 
@@ -323,3 +323,13 @@ def test_rows_that_are_cut_elsewhere_are_other_rows():
     assert first != second
     # What stands at padding is not looked at.
     assert [*digests({**batch, "tokens": batch["tokens"].masked_fill(~valid, 9)})] == [first, second]
+
+
+def test_what_is_kept_is_at_the_temperature():
+    """The likeliest two of five symbols, and the mass of the other three."""
+    logits = torch.randn(2, 3, 5)
+    found = top_k(logits, 2, temperature=2.5)
+    kept, ids = (logits / 2.5).softmax(-1).topk(2, -1)
+    assert torch.equal(found.ids, ids)
+    torch.testing.assert_close(found.log_probs.exp(), kept)
+    torch.testing.assert_close(found.log_rest.exp(), 1 - kept.sum(-1))
