@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from pupils import pairs
 from rich.console import Console
 from small import data, module
 
 from switchkit import (
     Decoder,
     Einsum,
+    EncoderDecoder,
     Factor,
     LanguageModule,
     MoELayer,
@@ -278,3 +280,13 @@ def test_a_checkpoint_at_the_very_end_is_told(limits: tuple[int, int | None], to
     trainer = SimpleNamespace(global_step=5, current_epoch=2, max_steps=limits[0], max_epochs=limits[1])
     found = ended(trainer)  # type: ignore[arg-type]
     assert found is None if told is None else told in (found or "")
+
+
+def test_the_sample_of_a_translator_begins_with_what_it_translates(tmp_path: Path) -> None:
+    """Without the token that says into which language."""
+    source = pairs(tmp_path)
+    source.setup("validate")
+    net = partial(EncoderDecoder, d_model=8, encoder_layers=1, num_heads=2, d_ff=8, num_experts=2, sparse=[])
+    written = sample(LanguageModule(net, tokenizer=source.tokenizer), source, length=2)
+    first = (tmp_path / "en.txt").read_text().splitlines()[24 * 9 // 10]
+    assert written.startswith(f"{first}\n-> target:")
