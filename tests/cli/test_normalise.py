@@ -48,6 +48,14 @@ def test_naming_another_class_leaves_nothing_of_the_first():
     assert part("{class_path: switch, init_args: {jitter: 0.3}}", "top_k")["init_args"] == {}
 
 
+@pytest.mark.parametrize("name", ["switch", "top_k"])
+def test_a_class_path_beside_arguments_leaves_nothing_either(name):
+    before = "{class_path: switch, init_args: {jitter: 0.3, sample: true}, dict_kwargs: {more: 1}}"
+    found = part(before, f"{{class_path: {name}, init_args: {{init_std: 0.5}}}}")
+    assert (found["init_args"], "dict_kwargs" in found) == ({"init_std": 0.5}, False)
+    assert part(before, (".class_path", name))["init_args"] == {}
+
+
 def test_naming_the_same_class_again_starts_from_its_defaults():
     assert part("{class_path: switch, init_args: {jitter: 0.3}}", "switch")["init_args"] == {}
     assert part("{class_path: switch, init_args: {jitter: 0.3}}", ("", "switch"))["init_args"] == {}

@@ -9,7 +9,7 @@ import pytest
 
 from switchkit import registry
 from switchkit.cli.errors import UserError
-from switchkit.cli.plugins import load_entry_points, split_plugins
+from switchkit.cli.plugins import distinct, importable, load_entry_points, split_plugins
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,15 @@ def test_what_fit_says_to_do_next_works_as_it_stands(folder, run):
         assert line.endswith(" --plugins mine")
         code, _, error = run(*shlex.split(line)[1:])
         assert code == 0, error
+
+
+def test_a_folder_hides_nothing_that_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = [*sys.path]
+    for _ in range(2):
+        importable(tmp_path / "beside")
+    assert sys.path == [*before, str(tmp_path / "beside")]
+
+
+def test_a_file_and_its_module_are_one_plugin():
+    assert distinct(["a", "some/b.py", "b", "a.py", "c"]) == ["a", "some/b.py", "c"]
