@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import pupils
 import pytest
 import torch
-from pupils import pairs
 from rich.console import Console
 from small import data, module
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_at_the_very_end_is_told(limits: tuple[int, int | None], to
 
 def test_the_sample_of_a_translator_begins_with_what_it_translates(tmp_path: Path) -> None:
     """Without the token that says into which language."""
-    source = pairs(tmp_path)
+    source = pupils.pairs(tmp_path)
     source.setup("validate")
     net = partial(EncoderDecoder, d_model=8, encoder_layers=1, num_heads=2, d_ff=8, num_experts=2, sparse=[])
     written = sample(LanguageModule(net, tokenizer=source.tokenizer), source, length=2)
