@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from switchkit.checks import one_of
 
 __all__ = ["Compile"]
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class Compile(L.Callback):
@@ -42,10 +42,8 @@ class Compile(L.Callback):
     Source: switchkit.
     """
 
-    def __init__(
-        self, mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    ) -> None:
-        self.mode = one_of("mode", mode, MODES)
+    def __init__(self, mode: Mode = "default") -> None:
+        self.mode = one_of("mode", mode, get_args(Mode))
         self._net: nn.Module | None = None
         self._call: Callable[..., Any] | None = None
 
@@ -86,9 +84,6 @@ class Compile(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._net is not None:
             self._net._compiled_call_impl = self._call
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._let_go()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._let_go()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import lightning as L
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchkit.checks import finite_above
-from switchkit.layers import moe_layers
+from switchkit.layers import MoELayer, moe_layers
 from switchkit.module import LanguageModule
 from switchkit.step_callback import StepCallback
 
@@ -79,5 +81,6 @@ class UpdateRouterBias(StepCallback):
 
 def _biases(module: LanguageModule) -> dict[str, Tensor | None]:
     """By sparse layer, in the order of the counts."""
-    layers = moe_layers(module.net).items()
-    return {name: dict(layer.router.named_buffers(recurse=False)).get("bias") for name, layer in layers}
+    # By name: after every step, a walk through the whole model would be for nothing.
+    routers = {name: cast(MoELayer, module.net.get_submodule(name)).router for name in module.sparse_layers}
+    return {name: dict(router.named_buffers(recurse=False)).get("bias") for name, router in routers.items()}
