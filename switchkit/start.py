@@ -15,17 +15,19 @@ from switchkit.blocks import Block
 
 __all__ = ["Start", "begin", "later"]
 
-_LATER: ContextVar[bool] = ContextVar("later", default=False)
+Warn = Callable[[str], object]
+
+_LATER: ContextVar[Warn | None] = ContextVar("later", default=None)
 
 
 @contextmanager
-def later(wanted: bool = True) -> Iterator[None]:
+def later(wanted: bool = True, warn: Warn = rank_zero_warn) -> Iterator[None]:
     """Within: a `LanguageModule` gets shapes, but no memory; a strategy that cuts it up draws its values.
 
     ``trainer.init_module(empty_init=True)`` with `ExpertParallelStrategy` is this, and ``switchkit fit`` builds so with
-    that strategy. `wanted` False: as ever, whatever stands around it.
+    that strategy. `wanted` False: as ever, whatever stands around it. `warn` is told why a model gets memory after all.
     """
-    token = _LATER.set(wanted)
+    token = _LATER.set(warn if wanted else None)
     try:
         yield
     finally:
@@ -38,7 +40,8 @@ def begin(build: Callable[[], nn.Module]) -> tuple[nn.Module, Start | None]:
     A model that cannot be built so is built as ever, with a warning: one whose constructor reads values, or sets those
     of a block after it was put into the model, or shares them with another part.
     """
-    if not _LATER.get():
+    warn = _LATER.get()
+    if warn is None:
         return build(), None
     state = torch.get_rng_state()
     try:
@@ -48,7 +51,7 @@ def begin(build: Callable[[], nn.Module]) -> tuple[nn.Module, Start | None]:
         # One that has nothing to do with memory is raised again here.
         net = build()
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        rank_zero_warn(
+        warn(
             "the model is built whole in the memory of every process: its constructor reads values, or sets those of a "
             f"block after it was put into the model ({why})"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +19,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if options.twin is None:
         if options.out is not None:
             raise UserError("--out is where --twin writes to: give --twin flops or --twin params too")
-        with warnings.catch_warnings():
-            # A part that needs memory to be built has it, which is news where several processes share the memory.
-            warnings.filterwarnings("ignore", "the model is built whole in the memory of every process")
-            cli = build(rest, weights=False)
-        report.describe(cli)
+        report.describe(build(rest, weights=False))
         return 0
     from switchkit.cli.twin import write
 

@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from switchkit import __version__, checkpoints, strategies
 from switchkit.cli.arguments import read_arguments
@@ -177,7 +178,8 @@ class SwitchkitCLI(LightningCLI):
         if self.settings.keep_memory:
             keep_memory()
         try:
-            with later(self._without_memory):
+            # Memory is news where several processes share it, not where the weights are built for nobody.
+            with later(self._without_memory, warn=rank_zero_warn if self.weights else lambda _: None):
                 super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise reason(error, self._tree) from None
