@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 SMALL = ("-c", "small.yaml")
 LEAK = ("--model.moe.capacity.order", "probability")
 

@@ -16,11 +16,6 @@ from switchkit.compare.definition import define
 from switchkit.compare.plan import cli_of, composed, takes_seed
 from switchkit.report import plots
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 COMPARISON = """\
 # Small against smaller.
 base: [small.yaml]

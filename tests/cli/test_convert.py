@@ -15,10 +15,6 @@ from switchkit.cli.conversion import Conversion
 from switchkit.interop.files import save_checkpoint
 
 # Of Lightning and jsonargparse, as in every run.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 
 SHRINK = {"prune": ["--keep", "2"], "merge": ["--experts", "2"], "to-dense": []}
 

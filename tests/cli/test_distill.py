@@ -18,11 +18,6 @@ from switchkit.cli.lightning import build
 from switchkit.cli.settings import compose
 from switchkit.interop.files import save_checkpoint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.accelerator", "cpu"]
 SHORT += ["--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false"]
 

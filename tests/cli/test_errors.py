@@ -244,7 +244,6 @@ BUILDS = {
     "no strategy",
     "a type of jsonargparse",
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", BUILDS)
 def test_errors_of_constructors_are_one_line_too(run, name):
     argv, said = BUILDS[name]
@@ -288,7 +287,6 @@ def test_settings_that_lightning_trips_over_are_told_at_once(folder, run, option
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_the_trainer_refuses_by_a_type_error_is_one_line(run):
     code, out, error = run("fit", "-c", "small.yaml", "--trainer.devices", "2,")
     assert (code, out) == (2, "")
@@ -296,7 +294,6 @@ def test_what_the_trainer_refuses_by_a_type_error_is_one_line(run):
     assert "Traceback" not in error
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_is_read_is_not_written_over(folder, run):
     text = (folder / "text.txt").read_bytes()
     code, _, error = run("tokenizer", "train", "text.txt", "--vocab_size", "400", "--out", "./text.txt")
@@ -325,7 +322,6 @@ def test_a_folder_that_cannot_be_written_in_is_told_at_once(run, monkeypatch):
 
 
 @pytest.mark.daily("EarlyStopping")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
 def test_a_metric_that_nobody_logs_is_one_line_with_those_that_are_there(run, name):
     """It is known at the first validation."""
@@ -341,7 +337,6 @@ def test_a_metric_that_nobody_logs_is_one_line_with_those_that_are_there(run, na
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_weights_that_nobody_trained_are_told(run):
     code, _, error = run("validate", "-c", "small.yaml")
     assert code == 0

@@ -14,12 +14,6 @@ from switchkit.cli.arguments import read_arguments
 from switchkit.cli.lightning import build
 from switchkit.cli.settings import compose
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
-
 OWN = """\
 import lightning as L
 import torch

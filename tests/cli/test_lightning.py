@@ -19,10 +19,6 @@ from switchkit.cli.lightning import build
 from switchkit.cli.settings import compose
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 SMALL = ("-c", "small.yaml")
 
 
@@ -294,7 +290,8 @@ def test_averaged_weights_of_the_best_checkpoint_are_shown(run):
     assert run("validate", *SMALL, "--ckpt_path", "runs/version_0/checkpoints/best.ckpt")[0] == 0
 
     def last(version):
-        return list(csv.DictReader(Path(f"runs/version_{version}/metrics.csv").open()))[-1]["val/loss"]
+        with Path(f"runs/version_{version}/metrics.csv").open() as file:
+            return list(csv.DictReader(file))[-1]["val/loss"]
 
     assert last(0) == last(1)
 

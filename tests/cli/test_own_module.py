@@ -9,10 +9,6 @@ import pytest
 from switchkit import checkpoints
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 
 OWN = """\
 import lightning as L
@@ -98,6 +94,7 @@ def test_ours_refuses_what_another_module_wrote(run):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning")
 def test_data_without_validation(run):
     code, out, err = run("fit", "-c", "small.yaml", "--data", "own.Windows", "--trainer.max_steps", "3")
     assert code == 0, err

@@ -13,11 +13,6 @@ import yaml
 from switchkit.cli.lightning import build
 from switchkit.counts import count
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 SMALL = ["--config", "small.yaml"]
 GPU = "{memory_gib: 0.001, bf16_tflops: 1, fp32_tflops: 1, node_gb_per_s: 1, network_gb_per_s: 1}"
 

@@ -47,7 +47,6 @@ def test_a_file_is_imported_and_no_other_module_of_its_name(folder, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", ["theirs", "theirs.py"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_lies_beside_a_recipe_is_found_by_what_comes_after(folder, run, named):
     """By the saved settings and the commands that the run ends with."""
     Path("sub").mkdir()
@@ -82,7 +81,6 @@ def test_a_broken_entry_point_names_its_package(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_fit_says_to_do_next_works_as_it_stands(folder, run):
     """With the user's own part, and on a text without the letters of a play."""
     code, out, error = run("fit", "-c", "small.yaml", "--plugins", "mine", "--model.moe.router", "mine_top_k")

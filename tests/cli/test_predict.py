@@ -11,10 +11,6 @@ import pytest
 from switchkit.cli.lightning import SwitchkitCLI
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 
 WRITER = """\
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -69,6 +65,7 @@ def test_a_folder_that_is_a_file_is_told_at_once(run):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices fetched from your dataloader:UserWarning")
 def test_a_writer_of_ones_own_takes_the_place_of_ours(run):
     Path("writer.py").write_text(WRITER)
     argv = ("-c", "small.yaml", "--plugins", "writer", "--trainer.callbacks", "[{class_path: writer.Mine}]")

@@ -23,7 +23,6 @@ def test_characters_by_default(run, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_recipe_trains_on_the_folder(run):
     assert run("prepare", "--out", "tokens", "text.txt")[0] == 0
     code, _, err = run(

@@ -61,7 +61,6 @@ def test_numbers_are_read_as_the_parser_reads_them():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_pipe_is_a_configuration_and_is_read_once(folder, run):
     """As in ``--config <(switchkit describe --config R --twin flops)``; `audit` composes its settings twice."""
     text = (folder / "small.yaml").read_text()

@@ -20,12 +20,6 @@ from switchkit import checkpoints
 from switchkit.cli.arguments import read_arguments
 from switchkit.cli.settings import compose
 
-pytestmark = [
-    # What Lightning and jsonargparse say about each other.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
 

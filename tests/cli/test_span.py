@@ -9,10 +9,6 @@ import pytest
 
 from switchkit import checkpoints
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 SMALL = {
     "--model.net.d_model": "32",
     "--model.net.encoder_layers": "2",

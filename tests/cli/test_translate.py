@@ -10,11 +10,6 @@ import pytest
 
 from switchkit.data import toy_languages
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 SMALL = {
     "data.source": "en.txt",
     "data.target": "{qka: qka.txt, qlu: qlu.txt}",

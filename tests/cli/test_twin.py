@@ -16,10 +16,6 @@ from switchkit.counts import count
 from switchkit.interop.files import save_checkpoint
 
 # jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 
 SMALL = ["--config", "small.yaml"]
 

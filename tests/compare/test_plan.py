@@ -18,10 +18,6 @@ from switchkit.compare.folder import Folder
 from switchkit.compare.plan import Model, _evaluated, composed, model_of, steps_of
 from switchkit.data import CharTokenizer, PairData
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 SMALL = [("d_model", "16"), ("encoder_layers", "2"), ("decoder_layers", "2"), ("num_heads", "2"), ("d_ff", "16")]
 
 

@@ -12,11 +12,6 @@ from switchkit.cli.settings import Arguments, compose
 from switchkit.compare.definition import Definition, define
 from switchkit.compare.plan import composed, model_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
 NET, MOE = "model.init_args.net.init_args", "model.init_args.moe.init_args"
 ROUTER, CAPACITY = f"{MOE}.router", f"{MOE}.capacity"
 # What runs of a comparison may differ in.

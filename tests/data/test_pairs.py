@@ -420,7 +420,6 @@ def test_fewer_pairs_than_a_step(files: dict[str, str]) -> None:
         pair_data(files, max_source=2).setup("fit")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jsonargparse")
 def test_built_from_a_configuration(files: dict[str, str]) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")

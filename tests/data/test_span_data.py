@@ -279,7 +279,6 @@ def test_what_only_the_text_or_the_vocabulary_shows_is_said_at_setup(file: str) 
 # From a recipe, and into a checkpoint.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jsonargparse")
 def test_built_from_a_configuration(file: str) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")

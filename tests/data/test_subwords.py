@@ -156,7 +156,6 @@ def test_copies_keep_everything(tokenizer: FileTokenizer, copied: Any) -> None:
     assert other.encode("</s>").tolist() == tokenizer.encode("</s>").tolist() != [1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_command_line_builds_it(tmp_path: Path, tokenizer: FileTokenizer) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(JSON)

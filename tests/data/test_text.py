@@ -289,7 +289,6 @@ def test_resuming_with_other_data_is_refused(file: str, tmp_path: Path) -> None:
 # From a recipe.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jsonargparse")
 def test_built_from_a_configuration(file: str) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")

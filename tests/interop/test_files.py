@@ -234,7 +234,6 @@ def fine_tuned(saved, tmp_path, monkeypatch, capsys) -> Callable[..., str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> None:
     path = fine_tuned()
     assert checkpoints.read_settings(path)["step"] == 4
@@ -250,7 +249,6 @@ def test_what_only_config_json_knew_survives_training(fine_tuned, capsys) -> Non
     assert LanguageModule.load_from_checkpoint(path).end_ids == (4, 0, 7)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.slow
 def test_another_vocabulary_has_other_ids(fine_tuned, capsys) -> None:
     letters = json.dumps({"class_path": "CharTokenizer", "init_args": {"characters": "w 0123456789"}})
