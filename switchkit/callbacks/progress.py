@@ -23,6 +23,9 @@ from switchkit.optim import last_step
 
 __all__ = ["TrainingBar"]
 
+REDRAWN = 2
+"""Times a second: drawing takes milliseconds of a core, and of Python's lock, that steps wait for."""
+
 _Handler: TypeAlias = "logging.StreamHandler[Any]"
 
 
@@ -143,7 +146,7 @@ class TrainingBar(ProgressBar):
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("<"), TimeRemainingColumn())  # fmt: skip
-        self._bar = _TwoLines(*columns, console=self._console, transient=True)
+        self._bar = _TwoLines(*columns, console=self._console, transient=True, refresh_per_second=REDRAWN)
         errors = sys.stderr
         self._bar.start()
         self._above = _redirected(errors, sys.stderr)
