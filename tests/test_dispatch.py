@@ -131,7 +131,7 @@ def test_nearly_even_loads_are_filled_up_in_the_cheapest_way(sizes: tuple[int, .
         ((500, 530, 520, 490), 2, (530,) * 4),
         ((400, 660, 420, 690), 2, None),
         ((400, 410, 600, 620), 2, (410,) * 2 + (620,) * 2),
-        ((60,) * 9 + (64,), 2, (60,) * 6 + (64,) * 4),  # no more than 8 in one product
+        ((63,) * 9 + (64,), 2, (63,) * 6 + (64,) * 4),  # no more than 8 in one product
         ((60, 60, 64), 2, (64,) * 3),  # the last thread has two
         ((1000, 1001, 1000, 1001), 2, None),  # large products are shared well
         ((64,), 2, None),
