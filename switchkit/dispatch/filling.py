@@ -13,7 +13,6 @@ MOST = ((96, 1.3), (768, 1.15))
 Measured on two cores, forward and backward; larger products are shared by the threads as well as they are.
 """
 
-
 COST = (35, 10)
 """What one batched product costs beside its rows, in rows: of one expert per thread, of several per thread.
 
@@ -21,7 +20,7 @@ Measured on two cores over loads of 64 to 512 rows. With one expert each, the th
 """
 
 LONGEST = 4
-"""Experts per thread in one batched product; with more, the same cost of a product is spread no better."""
+"""Experts per thread in one batched product, at most: with more it is no faster a row."""
 
 
 def evened(sizes: tuple[int, ...], threads: int) -> tuple[int, ...] | None:
