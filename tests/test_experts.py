@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchkit import Experts, GatedMlp, Mixed, Mlp, MoELayer, Null, Rows, Shared, named
 from switchkit.counts import count
@@ -99,6 +100,38 @@ def test_relu_mlp_is_two_products_around_a_relu(path: str, wanted: tuple[str, ..
     probe = torch.randn_like(one)
     found, expected = (oracle.gradients((y * probe).sum(), **leaves) for y in (one, two))
     oracle.assert_same({"y": one, **found}, {"y": two, **expected}, tolerance)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"), [({"x"}, 2), ({"w1"}, 2), ({"w2"}, 1), ({"x", "w1"}, 3), ({"x", "w1", "w2"}, 4)], ids=str
+)
+def test_what_is_frozen_costs_no_product(wanted: set[str], products: int) -> None:
+    """Of two experts' two layers backwards: one for each gradient, and one for the gradient between the layers."""
+    parts = {"x": torch.randn(4, 8), "w1": torch.randn(2, 8, 8), "w2": torch.randn(2, 8, 8)}
+    for name, part in parts.items():
+        part.requires_grad_(name in wanted)
+    loads = rows_of(parts["x"].double(), (3, 1))
+    x, w1, w2 = (part.double() for part in parts.values())
+    for y, expected in (
+        (grouped.grouped_relu_mlp(x, w1, w2, (3, 1)), products),
+        (grouped_linear(x, loads, w1), len(wanted - {"w2"})),
+    ):
+        with Products() as found:
+            if y.requires_grad:
+                y.sum().backward()
+        assert found.count == 2 * expected
 
 
 def test_many_rows_take_the_loop() -> None:

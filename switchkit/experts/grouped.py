@@ -210,12 +210,14 @@ class _ReluMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, w1, w2, hidden = ctx.saved_tensors
         grad = grad.contiguous()
+        grad_x = grad_w1 = None
         grad_w2 = _weight_gradient(hidden, grad, w2, ctx.sizes) if ctx.needs_input_grad[2] else None
-        inner = _products(grad, w2.transpose(1, 2), ctx.sizes)
-        # The hidden rows are positive exactly where their ReLU let the gradient through.
-        torch.ops.aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
-        grad_w1 = _weight_gradient(x, inner, w1, ctx.sizes) if ctx.needs_input_grad[1] else None
-        grad_x = _products(inner, w1.transpose(1, 2), ctx.sizes) if ctx.needs_input_grad[0] else None
+        if any(ctx.needs_input_grad[:2]):
+            inner = _products(grad, w2.transpose(1, 2), ctx.sizes)
+            # The hidden rows are positive exactly where their ReLU let the gradient through.
+            torch.ops.aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
+            grad_w1 = _weight_gradient(x, inner, w1, ctx.sizes) if ctx.needs_input_grad[1] else None
+            grad_x = _products(inner, w1.transpose(1, 2), ctx.sizes) if ctx.needs_input_grad[0] else None
         return grad_x, grad_w1, grad_w2, None
 
 
