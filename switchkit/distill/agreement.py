@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from switchkit.checks import one_of
 from switchkit.data.tokenizers import Tokenizer
 from switchkit.distill.stored import StoredTeacher
-from switchkit.distill.teacher import Teacher
+from switchkit.distill.teacher import Precision, Teacher
 from switchkit.models import NetFactory
 from switchkit.spec import build
 from switchkit.twins import dense_spec
@@ -30,9 +31,16 @@ def short_path(path: str) -> str:
         return path
 
 
-def check_stored(teacher: StoredTeacher, temperature: float, init: str, matched: float) -> None:
+def check_stored(
+    teacher: StoredTeacher, temperature: float, init: str, matched: float, precision: Precision | None
+) -> None:
     """Refuses what only a teacher that is there can do."""
     where, own = teacher.folder, teacher.index.temperature
+    if one_of("teacher_precision", precision, (None, "bf16")) is not None:
+        raise ValueError(
+            f"teacher_precision {precision!r} does nothing with {where}, which has its words only: leave it out, or "
+            "give the teacher's checkpoint"
+        )
     if temperature != own:
         raise ValueError(
             f"{where} was written at temperature {own:g}, and the student would learn at {temperature:g}: set "

@@ -93,7 +93,7 @@ class Matching(nn.Module):
 
     Raises:
         ValueError: a weight that is negative, blocks that do not exist or read other tokens, attention whose
-            projections are no plain matrix, heads that do not divide a width.
+            projections are no plain matrix, heads that do not divide a width, blocks or heads of a term without weight.
     """
 
     def __init__(
@@ -110,6 +110,16 @@ class Matching(nn.Module):
         for name, value in (("hidden_weight", hidden_weight), ("attention_weight", attention_weight)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+        if hidden_layers is not None and not hidden_weight:
+            raise ValueError(
+                f"hidden_layers {hidden_layers} does nothing while hidden_weight is 0: set it above 0, or leave "
+                "hidden_layers out"
+            )
+        if relation_heads is not None and not attention_weight:
+            raise ValueError(
+                f"relation_heads {relation_heads} does nothing while attention_weight is 0: set it above 0, or leave "
+                "relation_heads out"
+            )
         self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
         ours, theirs = blocks_of(student), blocks_of(teacher)
         stacks = list(zip(_stacks(ours), _stacks(theirs), strict=True))

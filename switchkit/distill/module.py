@@ -30,6 +30,9 @@ from switchkit.spec import build, describe
 
 __all__ = ["DistillModule"]
 
+INIT_BATCHES = 16
+MEASURES_NOTHING = ("fresh", "non_expert")
+
 
 class DistillModule(LanguageModule):
     """Trains a student to do as a teacher does, and as the text says.
@@ -69,7 +72,7 @@ class DistillModule(LanguageModule):
 
     Raises:
         ValueError: no teacher, one of another vocabulary or family than the student; a dense one without `net`; values
-            out of range.
+            out of range, or of an option that does nothing beside the others.
 
     Source: Hinton et al., arXiv 1503.02531; Fedus et al., arXiv 2101.03961, section 4.2 and Table 6.
     """
@@ -82,7 +85,7 @@ class DistillModule(LanguageModule):
         alpha: float = 0.25,
         temperature: float = 1.0,
         init: Init = "non_expert",
-        init_batches: int = 16,
+        init_batches: int = INIT_BATCHES,
         teacher_precision: Precision | None = None,
         hidden_weight: float = 0.0,
         hidden_layers: list[list[int]] | None = None,
@@ -104,10 +107,15 @@ class DistillModule(LanguageModule):
         finite_above(0, temperature=temperature)
         one_of("init", init, get_args(Init))
         at_least(1, init_batches=init_batches)
+        if init in MEASURES_NOTHING and init_batches != INIT_BATCHES:
+            raise ValueError(
+                f"init_batches {init_batches} does nothing with init {init!r}, which measures nothing: take init "
+                "'mean', 'usage', 'most_used' or 'aligned', or leave init_batches out"
+            )
         asked: Teacher | StoredTeacher
         if isinstance(teacher, (str, Path)) and is_stored(teacher):
             asked = StoredTeacher(teacher)
-            check_stored(asked, temperature, init, hidden_weight or attention_weight)
+            check_stored(asked, temperature, init, hidden_weight or attention_weight, teacher_precision)
         else:
             asked = open_teacher(teacher, teacher_precision, cast=False)
         before = build(asked.spec).keywords
@@ -148,7 +156,7 @@ class DistillModule(LanguageModule):
         self._asked = (asked,)
         self.inherited = inherit(self.net, asked.outside()) if init != "fresh" else Inherited()
         self._begun = False
-        if init in ("fresh", "non_expert"):
+        if init in MEASURES_NOTHING:
             self._begin()
         own_options = {"alpha": alpha, "temperature": temperature, "init": init, "init_batches": init_batches}
         self.resume_spec = {

@@ -427,6 +427,9 @@ def test_the_random_state_is_left_alone_by_a_teacher(taught, tmp_path):
         ({"hidden_weight": 1.0, "hidden_layers": [[0, 2]]}, r"got \[0, 2\]"),
         ({"hidden_weight": 1.0, "hidden_layers": []}, "hidden_layers is empty"),
         ({"attention_weight": 1.0, "relation_heads": 3}, "relation_heads 3 does not divide 16"),
+        ({"hidden_layers": [[0, 1]]}, "hidden_layers .* does nothing while hidden_weight is 0: set it above 0"),
+        ({"relation_heads": 2}, "relation_heads 2 does nothing while attention_weight is 0: set it above 0"),
+        ({"init_batches": 3}, "init_batches 3 does nothing with init 'non_expert', which measures nothing: take init"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

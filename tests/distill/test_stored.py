@@ -233,6 +233,8 @@ def test_what_words_alone_cannot_do(tmp_path):
         ({"temperature": 2.0}, "was written at temperature 1, and the student would learn at 2"),
         ({"init": "mean"}, "needs the teacher's experts"),
         ({"hidden_weight": 1.0}, "hidden states and attention are not in"),
+        ({"teacher_precision": "bf16"}, "teacher_precision 'bf16' does nothing with .*, which has its words only"),
+        ({"teacher_precision": "fp8"}, "teacher_precision must be null or 'bf16'; got 'fp8'"),
     ):
         with pytest.raises(ValueError, match=message):
             student(tmp_path, teacher=folder, **more)
