@@ -123,6 +123,21 @@ def test_records_of_sparse_attention_come_before_those_of_its_block() -> None:
         Decoder(7, d_model=8, num_heads=2, sparse=[], sparse_attention="every(1)", attention_moe=loud)
 
 
+def test_what_attention_was_given_counts() -> None:
+    """Its own dropout stays; what goes against the model's positions, or stands nowhere, is refused."""
+    own = {"num_heads": 2, "dropout": 0.25}
+    assert [block.attention.dropout for block in decoder(**own).blocks] == [0.25] * 4
+    given = decoder(**own, attention=partial(Attention, dropout=0.5)).blocks[0]
+    assert (given.attention.dropout, given.dropout) == (0.5, 0.25)
+    assert decoder(attention=partial(Attention, rotary=True)).blocks[0].attention.rotary
+    for rotary, positions in ((False, "rotary"), (True, "learned")):
+        with pytest.raises(ValueError, match=f"attention has rotary={rotary}, and positions={positions!r}: leave"):
+            decoder(attention=partial(Attention, rotary=rotary), positions=positions)
+    for nowhere in (None, []):
+        with pytest.raises(ValueError, match="attention_moe does nothing without sparse_attention: say which blocks"):
+            decoder(sparse_attention=nowhere, attention_moe=partial(MoELayer, experts=Linear))
+
+
 def test_token_ids_reach_every_sparse_layer() -> None:
     """Hash layers of one seed decide alike: those of attention, of blocks, and of either side of an encoder-decoder."""
     hashed = partial(MoELayer, router=Hash)

@@ -51,8 +51,8 @@ class Decoder(nn.Module):
         sparse_attention: which blocks have sparse layers in place of their query, key and value matrices, said as
             `sparse` is; null: none. Attention of another kind takes them as an argument `projection`, as `Attention`.
         positions: "rotary" (turned queries and keys) or "learned" (an embedding per position).
-        dropout: on embeddings, attention and the outputs of sublayers; on hidden activations only what is given with
-            `feed_forward` in code. Expert dropout is the experts' own option.
+        dropout: on embeddings, attention (unless `attention` is given its own in code) and the outputs of sublayers; on
+            hidden activations only what is given with `feed_forward` in code. Experts have an option of their own.
         norm: "layer" (without bias) or "rms".
         norm_eps: added to the variance; null: 1e-5 for "layer", 1e-6 for "rms".
         tied: the output layer shares the weights of the embedding.
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
 
     Raises:
         ValueError: sizes that do not fit, a placement that does not exist, attention without a place for sparse layers,
-            a part that sees the future.
+            or with positions of its own, attention_moe without a place, a part that sees the future.
     """
 
     def __init__(
@@ -105,12 +105,24 @@ class Decoder(nn.Module):
         project = partial(
             attention_moe or partial(MoELayer, experts=Linear), d_model=d_model, num_experts=num_experts, d_ff=d_model
         )
+        if attention_moe is not None and not self.sparse_attention:
+            raise ValueError(
+                "attention_moe does nothing without sparse_attention: say which blocks have sparse attention, such as "
+                "every(2), or leave it out"
+            )
+        rotary = positions == "rotary"
+        own = attention.keywords if isinstance(attention, partial) else {}
+        if own.get("rotary", rotary) != rotary:
+            raise ValueError(
+                f"attention has rotary={own['rotary']}, and positions={positions!r}: leave rotary out, which follows "
+                "positions"
+            )
         build = partial(
             attention or Attention,
             d_model=d_model,
             num_heads=num_heads,
-            dropout=dropout,
-            rotary=positions == "rotary",
+            dropout=own.get("dropout", dropout),
+            rotary=rotary,
         )
         if self.sparse_attention and not _takes_projections(build):
             name = getattr(build.func, "__name__", type(build.func).__name__)
