@@ -57,8 +57,9 @@ class StreamData(ResumableData):
         tokenizer: The vocabulary; without one, bytes.
 
     Raises:
-        ValueError: a value out of range, neither path nor hub or both, no such file, no held-out files, or `datasets`
-            is not installed; later, held-out files that are trained on, a text that cannot be read or encoded.
+        ValueError: a value out of range, neither path nor hub or both, options of the other, no such file, no held-out
+            files, or `datasets` is not installed; later, held-out files that are trained on, a text that cannot be read
+            or encoded.
     """
 
     have_sources: bool | None = None  # until it is known whether there are objectives
@@ -94,6 +95,14 @@ class StreamData(ResumableData):
             raise DataError("data.validation_path is missing: name files to hold out, which training does not read")
         if hub is not None and validation_path is not None:
             raise DataError("data.validation_path goes with data.path; with data.hub give data.validation_split")
+        for name, value, usual in (
+            ("hub_config", hub_config, None),
+            ("split", split, "train"),
+            ("validation_split", validation_split, "validation"),
+        ):
+            if path is not None and value != usual:
+                told = "null" if usual is None else repr(usual)
+                raise DataError(f"data.{name} {value!r} goes with data.hub: leave it out ({told}) beside data.path")
         if objectives is not None and not objectives:
             raise DataError("data.objectives is empty; name one or more, or leave it out for a decoder")
         if validation_prefix is not None and (validation_prefix < 0 or validation_prefix == 1):

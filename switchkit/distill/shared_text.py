@@ -125,6 +125,8 @@ def data_of(
             arguments["path"] = text
             if stage != "fit" and issubclass(factory.func, StreamData):
                 arguments |= {"validation_path": text, "hub": None}  # it has no part of its path that is held out
+                for name in ("hub_config", "split", "validation_split"):  # of a dataset of the Hub
+                    arguments.pop(name, None)
         tokenizer = arguments.get("tokenizer")
         arguments["tokenizer"] = tokenizer() if isinstance(tokenizer, partial) else tokenizer
         data = factory.func(**arguments)

@@ -301,6 +301,9 @@ def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypat
         ({"path": "a.txt", "hub": "b"}, "data.path and data.hub contradict each other"),
         ({"validation_path": None}, "data.validation_path is missing: name files to hold out"),
         ({"path": None, "hub": "a"}, "with data.hub give data.validation_split"),
+        ({"hub_config": "en"}, "data.hub_config 'en' goes with data.hub: leave it out \\(null\\) beside data.path"),
+        ({"split": "test"}, "data.split 'test' goes with data.hub: leave it out \\('train'\\) beside data.path"),
+        ({"validation_split": "test"}, "data.validation_split 'test' goes with data.hub: leave it out"),
         ({"path": "gone.jsonl"}, "data.path gone.jsonl: there is no such file"),
         ({"path": "*.nothing"}, "data.path \\*.nothing: there is no such file"),
         ({"path": "."}, "data.path . is a folder; name its files by a pattern"),
@@ -360,6 +363,15 @@ def test_a_comparison_on_another_text_reads_that_text(tmp_path: Path) -> None:
     assert evaluated.source_info()["description"] == "other.jsonl"
     batch = next(iter(evaluated.evaluation_loader(None)))
     assert batch["targets"][batch["valid"]].tolist() == ids_of(["another"])[1:]
+
+
+def test_files_take_the_place_of_a_dataset_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
+    source = StreamData(hub="a/b", hub_config="en", split="some", validation_split="more", context=8)
+    opened = Opened(tmp_path / "a.ckpt", source.tokenizer, describe_object(source), None, {})
+    evaluated = data_of(opened, str(tmp_path / "other.jsonl"))
+    assert evaluated.path == evaluated.validation_path == str(tmp_path / "other.jsonl")
+    assert (evaluated.hub, evaluated.hub_config) == (None, None)
 
 
 def test_checkpoints_of_other_streams_are_not_compared(tmp_path: Path) -> None:
