@@ -11,6 +11,8 @@ from switchkit.cli.options import OptionParser, number, positive
 
 __all__ = ["parse"]
 
+STEPS = 200
+NEW_TOKENS = 512
 MOST_THREADS = 1024
 """Where a machine cannot start as many, OpenMP ends the process without a word."""
 
@@ -22,18 +24,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an unknown option, a missing or unfit value.
     """
     options = _parser().parse(argv)
-    if options.recipe is not None and not options.with_recipe:
-        raise UserError("switchkit bench: --recipe and --no-recipe contradict each other; give one of them")
+    for name, part, there in (
+        ("recipe", "recipe", options.with_recipe),
+        ("steps", "recipe", options.with_recipe),
+        ("new_tokens", "generation", options.with_generation),
+    ):
+        if getattr(options, name) is not None and not there:
+            raise UserError(f"switchkit bench: --{name} and --no-{part} contradict each other; give one of them")
     if not options.with_seq2seq and not options.peers:
         raise UserError("switchkit bench: --no-seq2seq leaves a part of --peers out; give --peers, or leave it out too")
     if options.distributed is not None:
-        others = {name: getattr(options, name) for name in ("shapes", "dispatchers", "memory", "peers", "compile")}
-        given = next((name for name, value in others.items() if value), None)
+        others = ("shapes", "dispatchers", "dtype", "memory", "peers", "compile", "steps", "new_tokens")
+        given = next((name for name in others if getattr(options, name)), None)
         if given is not None:
             raise UserError(f"switchkit bench: --distributed measures the training step alone: leave --{given} out")
         # A table of its own: the others are about one process.
         options.with_layer = options.with_routers = options.with_recipe = options.with_generation = False
         return options
+    options.steps, options.new_tokens = options.steps or STEPS, options.new_tokens or NEW_TOKENS
     wanted = (options.with_layer, options.with_routers, options.with_recipe, options.with_generation, options.memory)
     if not any(wanted):
         raise UserError(
@@ -79,9 +87,8 @@ def _parser() -> OptionParser:
     add(
         "--steps",
         type=positive,
-        default=200,
         metavar="N",
-        help="training steps with Lightning and without, to tell its share (default: %(default)s)",
+        help=f"training steps with Lightning and without, to tell its share (default: {STEPS})",
     )
     add(
         "--distributed",
@@ -95,9 +102,8 @@ def _parser() -> OptionParser:
     add(
         "--new_tokens",
         type=positive,
-        default=512,
         metavar="N",
-        help="tokens to generate with a cache and without (default: %(default)s)",
+        help=f"tokens to generate with a cache and without (default: {NEW_TOKENS})",
     )
     parser.add_json("every figure")
     parser.add_plugins()
