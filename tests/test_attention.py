@@ -317,6 +317,10 @@ def test_late_places_in_half_precision_turn_by_their_own_angle(dtype: torch.dtyp
     ("build", "says"),
     [
         (lambda: Attention(8, 4, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
+        (
+            lambda: Attention(8, 4, rope_base=100.0),
+            "rope_base=100.0 does nothing without rotary positions: leave it out",
+        ),
         (lambda: Attention(8, 4, head_width=0), "head_width must be at least 1; got 0"),
         (lambda: Attention(8, 0), "num_heads must be at least 1; got 0"),
         (lambda: Attention(8, 2, qk_norm="both"), "qk_norm must be null, 'head' or 'whole'; got 'both'"),

@@ -18,6 +18,8 @@ from switchkit.records import Routing
 
 __all__ = ["Attention", "AttentionFactory", "CrossAttention"]
 
+ROPE_BASE = 10_000.0
+
 
 class AttentionFactory(Protocol):
     """Anything that builds self-attention for given sizes: a class, a `functools.partial`, a YAML part."""
@@ -50,7 +52,7 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: head counts that do not divide, an odd head width with rotary positions, another word for qk_norm,
-            a projection together with options it has no place for.
+            a rope_base without rotary positions, a projection together with options it has no place for.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Attention(nn.Module):
         head_width: int | None = None,
         dropout: float = 0.0,
         rotary: bool = False,
-        rope_base: float = 10_000.0,
+        rope_base: float = ROPE_BASE,
         qk_norm: Literal["head", "whole"] | None = None,
         norm_eps: float = 1e-6,
         bias: bool = False,
@@ -76,6 +78,11 @@ class Attention(nn.Module):
         kv = num_heads if num_kv_heads is None else num_kv_heads
         if kv < 1 or num_heads % kv:
             raise ValueError(f"num_kv_heads={kv} does not divide num_heads={num_heads}: choose a divisor of it")
+        if rope_base != ROPE_BASE and not rotary:
+            raise ValueError(
+                f"rope_base={rope_base} does nothing without rotary positions: leave it out, or set rotary=True (of a "
+                "Decoder positions='rotary')"
+            )
         if rotary and width % 2:
             raise ValueError(f"rotary positions need heads of even width; got {width}")
         one_of("qk_norm", qk_norm, (None, "head", "whole"))
