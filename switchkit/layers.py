@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
 
     Raises:
         ValueError: an option that is not one of those above, a part or its name in place of what builds it, a router
-            whose k is no integer.
+            whose k is no integer, a capacity that says who is served with a router whose experts choose.
     """
 
     def __init__(
@@ -92,6 +92,11 @@ class MoELayer(nn.Module):
         self.router = (router or Switch)(d_model=d_model, num_experts=num_experts)
         whole(f"{type(self.router).__name__}.k", self.router.k)
         self.capacity = (capacity or Dropless)()
+        if self.router.full and (idle := self.capacity.serves_by) is not None:
+            raise ValueError(
+                f"{idle} does nothing with {type(self.router).__name__}, where no token queues for an expert: take the "
+                "capacity factor, its order 'arrival'"
+            )
         self.experts = (experts or Mlp)(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.dispatcher = (dispatcher or Sorted)()
 

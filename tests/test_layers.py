@@ -18,6 +18,7 @@ from switchkit import (
     Cosine,
     Dropless,
     Einsum,
+    ExpertChoice,
     Experts,
     Factor,
     GatedMlp,
@@ -26,6 +27,7 @@ from switchkit import (
     Mlp,
     MoELayer,
     NoisyTopK,
+    NoTokenLeftBehind,
     Router,
     Rows,
     Soft,
@@ -514,3 +516,19 @@ def test_rotary_attention_knows_distances_only() -> None:
 def test_rotary_positions_need_heads_of_even_width() -> None:
     with pytest.raises(ValueError, match="heads of even width; got 3"):
         Attention(6, 2, rotary=True)
+
+
+@pytest.mark.parametrize("router", [ExpertChoice, Soft])
+@pytest.mark.parametrize(
+    ("capacity", "told"),
+    [
+        (partial(Factor, order="probability"), "order='probability'"),
+        (partial(NoTokenLeftBehind, rounds=2), "rounds=2"),
+    ],
+    ids=["factor", "overflow"],
+)
+def test_who_is_served_is_not_said_twice(router: type[Router], capacity: Any, told: str) -> None:
+    """Where experts choose, no token queues: order and rounds had no effect, and nobody heard of it."""
+    with pytest.raises(ValueError, match=f"{told} does nothing with {router.__name__}, .* take the capacity factor"):
+        MoELayer(8, 4, d_ff=8, router=router, capacity=capacity)
+    MoELayer(8, 4, d_ff=8, router=router, capacity=partial(Factor, train=1.0))

@@ -36,6 +36,11 @@ class CapacityPolicy:
     order: Order = "arrival"
     """Who is served first where not all fit, see `place`."""
 
+    @property
+    def serves_by(self) -> str | None:
+        """The option that says who is served, and so has no say where experts choose; None: those who come first."""
+        return None if self.order == "arrival" else f"order={self.order!r}"
+
     def leaks(self, k: int) -> str | None:
         """Why a causal model whose tokens make k choices would see the future with this policy; None: it would not."""
         return None

@@ -51,6 +51,10 @@ class NoTokenLeftBehind(Factor):
         at_least(1, rounds=rounds)
         self.rounds = rounds
 
+    @property
+    def serves_by(self) -> str:
+        return f"rounds={self.rounds}"
+
     def leaks(self, k: int) -> str | None:
         if self.rounds == 1 or (self.train is None and self.eval is None):
             return None
