@@ -24,7 +24,7 @@ ROPE_BASE = 10_000.0
 class AttentionFactory(Protocol):
     """Anything that builds self-attention for given sizes: a class, a `functools.partial`, a YAML part."""
 
-    def __call__(self, *, d_model: int, num_heads: int, dropout: float, rotary: bool) -> nn.Module: ...
+    def __call__(self, *, d_model: int, num_heads: int, dropout: float = ..., rotary: bool) -> nn.Module: ...
 
 
 class Attention(nn.Module):

@@ -164,9 +164,12 @@ def _merge_part(old: Any, new: Any, place: Place, key: str, source: Source) -> A
                 f"{where}: {_name(target)} is a function and takes no settings here; write a class for that"
             )
         return _spec(target, {})
-    merged = merge_arguments(before, arguments, signature_of(target), _name(target), key, source, place.given)
-    spec = _spec(target, merged)
+    given = place.given - place.own
+    merged = merge_arguments(before, arguments, signature_of(target), _name(target), key, source, given)
     kwargs = new.get("dict_kwargs") or (old.get("dict_kwargs") if "class_path" not in new and is_spec(old) else None)
+    # As an init_arg jsonargparse would refuse it, or, not refused, put its default there where nobody gave it.
+    kwargs = {**(kwargs or {}), **{name: merged.pop(name) for name in place.own & merged.keys()}}
+    spec = _spec(target, merged)
     return {**spec, "dict_kwargs": kwargs} if kwargs else spec
 
 

@@ -44,7 +44,7 @@ def part_help(command: str, arguments: Arguments) -> str:
         raise UserError(f"--{key}.help needs the name of a class: --{key}.help NAME")
     title = f"{key}: {target.__module__}.{target.__qualname__}"
     parser = ArgumentParser(prog=title, usage=title, print_config=None, add_help=False)
-    parser.add_class_arguments(target, nested_key=key, skip=set(place.given), fail_untyped=False)
+    parser.add_class_arguments(target, nested_key=key, skip=set(place.given - place.own), fail_untyped=False)
     return str(parser.format_help())
 
 

@@ -38,6 +38,8 @@ class Place:
     bases: tuple[type, ...]
     given: frozenset[str] = frozenset()
     """Parameters that whoever calls a factory passes, and a configuration does not."""
+    own: frozenset[str] = frozenset()
+    """Of these, those that it passes only where the configuration has none: they have a default in the protocol."""
     one: bool = True
     many: bool = False
     """A list of parts is accepted."""
@@ -98,6 +100,7 @@ def place_of(hint: Any) -> Place | None:
     return Place(
         bases=tuple(dict.fromkeys(base for place in found for base in place.bases)),
         given=frozenset().union(*(place.given for place in found)),
+        own=frozenset().union(*(place.own for place in found)),
         one=any(place.one for place in found),
         many=any(place.many for place in found),
         text=any(member in (str, Any) or get_origin(member) is typing.Literal for member in members(hint)),
@@ -166,9 +169,10 @@ def _returned(hint: Any) -> Place | None:
     if getattr(hint, "_is_protocol", False) and "__call__" in vars(hint):
         call = vars(hint)["__call__"]
         returned = _hints(call).get("return", Any)
-        given = frozenset(list(inspect.signature(call).parameters)[1:])
+        given = list(inspect.signature(call).parameters.values())[1:]
+        own = frozenset(parameter.name for parameter in given if parameter.default is not parameter.empty)
         bases = tuple(member for member in members(returned) if inspect.isclass(member) and member is not type(None))
-        return Place(bases, given, factory=True)
+        return Place(bases, frozenset(parameter.name for parameter in given), own, factory=True)
     if get_origin(hint) is collections.abc.Callable:
         *passed, returned = get_args(hint) or ([], Any)
         bases = tuple(member for member in members(returned) if _is_part(member))

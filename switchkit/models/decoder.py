@@ -51,8 +51,8 @@ class Decoder(nn.Module):
         sparse_attention: which blocks have sparse layers in place of their query, key and value matrices, said as
             `sparse` is; null: none. Attention of another kind takes them as an argument `projection`, as `Attention`.
         positions: "rotary" (turned queries and keys) or "learned" (an embedding per position).
-        dropout: on embeddings, attention (unless `attention` is given its own in code) and the outputs of sublayers; on
-            hidden activations only what is given with `feed_forward` in code. Experts have an option of their own.
+        dropout: on embeddings, attention (unless `attention` is given its own) and the outputs of sublayers; on hidden
+            activations only what is given with `feed_forward`. Expert dropout is the experts' own option.
         norm: "layer" (without bias) or "rms".
         norm_eps: added to the variance; null: 1e-5 for "layer", 1e-6 for "rms".
         tied: the output layer shares the weights of the embedding.

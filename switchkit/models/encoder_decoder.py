@@ -114,7 +114,7 @@ class EncoderDecoder(nn.Module):
         sparse: which blocks are sparse: "every(n)", "last(n)" or a list of indices; [] makes the model dense.
         decoder_sparse: the same for the decoder; null: as the encoder.
         dropout: T5's one rate: on embeddings, attention, hidden activations of dense layers (unless `feed_forward` is
-            given its own in code), outputs of sublayers and of the stacks. Expert dropout is the experts' own option.
+            given its own), outputs of sublayers and of the stacks. Expert dropout is the experts' own option.
         norm_eps: of the RMS norms.
         tied: the output layer shares the weights of the embedding.
         scale_output: multiply what goes into the output layer by ``d_model ** -0.5``; null: where it is tied (T5).

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-# jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
 SMALL = ("-c", "small.yaml")
 LEAK = ("--model.moe.capacity.order", "probability")
 

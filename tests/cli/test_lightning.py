@@ -18,7 +18,6 @@ from switchkit.cli.errors import UserError
 from switchkit.cli.lightning import build
 from switchkit.cli.settings import compose
 
-# jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
 SMALL = ("-c", "small.yaml")
 
 

@@ -17,7 +17,7 @@ from switchkit.cli.normalise import merge
 from switchkit.cli.settings import merge_all
 from switchkit.cli.signatures import signature_of
 from switchkit.cli.sources import Source, edit
-from switchkit.layers import MoEFactory, RouterFactory
+from switchkit.layers import FeedForwardFactory, MoEFactory, RouterFactory
 from switchkit.losses.base import LossFactory
 from switchkit.optim import OptimizerFactory
 
@@ -223,3 +223,21 @@ def test_nothing_is_added_to_losses_that_nobody_has_set(run):
     assert code == 2
     assert "--model.losses+: nothing has set model.losses yet" in err
     assert "--model.losses '[A, B]'" in err
+
+
+def test_what_a_factory_is_called_with_may_be_given_where_it_says_so():
+    """The model passes its dropout to a layer that has none of its own; its width it always passes."""
+
+    def layer(*sources):
+        return part(*sources, hint=FeedForwardFactory | None, key="feed_forward")
+
+    given = "{class_path: FeedForward, init_args: {dropout: 0.5, gated: true}}"
+    made = {"class_path": "switchkit.layers.FeedForward", "init_args": {"gated": True}, "dict_kwargs": {"dropout": 0.5}}
+    assert layer(given) == layer(yaml.safe_dump(made)) == made
+    assert layer(given, (".dropout", "0.25")) == made | {"dict_kwargs": {"dropout": 0.25}}
+    assert layer(given, (".gated", "false"))["dict_kwargs"] == {"dropout": 0.5}
+    assert "dict_kwargs" not in layer(given, "FeedForward")
+    with pytest.raises(UserError, match="--feed_forward.dropout: expected a number, got 'much'"):
+        layer(given, (".dropout", "much"))
+    with pytest.raises(UserError, match="'d_ff' is not set here; whatever builds the FeedForward passes it"):
+        layer(given, (".d_ff", "8"))

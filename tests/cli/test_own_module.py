@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from switchkit import checkpoints
-
-# jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
+from switchkit import CharTokenizer, Decoder, LanguageModule, checkpoints
+from switchkit.attention import Attention
+from switchkit.cli.lightning import build
+from switchkit.interop.files import save_checkpoint
+from switchkit.layers import FeedForward
 
 OWN = """\
 import lightning as L
@@ -111,3 +114,16 @@ def test_held_out_data_without_a_length(run):
     for command in ("validate", "test", "predict"):
         code, _, err = run(command, *argv, "--ckpt_path", "runs/version_0/checkpoints/last.ckpt")
         assert code == 0, err
+
+
+def test_commands_read_a_checkpoint_whose_layers_have_dropout_of_their_own(run):
+    """They take the model's where they are given none, so it stands beside their init_args."""
+    layers = {"attention": partial(Attention, dropout=0.5), "feed_forward": partial(FeedForward, dropout=0.25)}
+    sizes = {"d_model": 8, "num_heads": 2, "d_ff": 16, "num_experts": 2, "context": 8, "num_layers": 2}
+    tokenizer = CharTokenizer.from_text(Path("text.txt").read_text(encoding="utf-8"))
+    save_checkpoint(LanguageModule(partial(Decoder, **sizes, **layers), tokenizer=tokenizer), Path("made.ckpt"))
+    argv = ("--ckpt_path", "made.ckpt", "--data", "TextData", "--data.path", "text.txt", "--data.context", "8")
+    block = build(argv, "validate").model.net.blocks[0]
+    assert (block.attention.dropout, block.mlp.dropout) == (0.5, 0.25)
+    code, _, err = run("validate", *argv)
+    assert code == 0, err

@@ -10,7 +10,6 @@ import pytest
 
 from switchkit.cli.lightning import SwitchkitCLI
 
-# jsonargparse deprecates what Lightning calls; the rest is Lightning's advice on tiny runs.
 
 WRITER = """\
 from lightning.pytorch.callbacks import BasePredictionWriter
