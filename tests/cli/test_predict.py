@@ -10,7 +10,6 @@ import pytest
 
 from switchkit.cli.lightning import SwitchkitCLI
 
-
 WRITER = """\
 from lightning.pytorch.callbacks import BasePredictionWriter
 

@@ -15,7 +15,6 @@ from switchkit.cli.settings import compose
 from switchkit.counts import count
 from switchkit.interop.files import save_checkpoint
 
-
 SMALL = ["--config", "small.yaml"]
 
 
