@@ -114,19 +114,17 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("wanted", "products"), [({"x"}, 2), ({"w1"}, 2), ({"w2"}, 1), ({"x", "w1"}, 3), ({"x", "w1", "w2"}, 4)], ids=str
-)
-def test_what_is_frozen_costs_no_product(wanted: set[str], products: int) -> None:
+@pytest.mark.parametrize(("wanted", "products"), [("x", 2), ("w1", 2), ("w2", 1), ("x w1", 3), ("x w1 w2", 4)])
+def test_what_is_frozen_costs_no_product(wanted: str, products: int) -> None:
     """Of two experts' two layers backwards: one for each gradient, and one for the gradient between the layers."""
     parts = {"x": torch.randn(4, 8), "w1": torch.randn(2, 8, 8), "w2": torch.randn(2, 8, 8)}
     for name, part in parts.items():
-        part.requires_grad_(name in wanted)
+        part.requires_grad_(name in wanted.split())
     loads = rows_of(parts["x"].double(), (3, 1))
     x, w1, w2 = (part.double() for part in parts.values())
     for y, expected in (
         (grouped.grouped_relu_mlp(x, w1, w2, (3, 1)), products),
-        (grouped_linear(x, loads, w1), len(wanted - {"w2"})),
+        (grouped_linear(x, loads, w1), len({*wanted.split()} - {"w2"})),
     ):
         with Products() as found:
             if y.requires_grad:
