@@ -163,7 +163,7 @@ def test_the_command_line_builds_it(tmp_path: Path, tokenizer: FileTokenizer) ->
     parser.add_argument("--tokenizer", type=Tokenizer)
     for option in (f"path={file}", f"content={tokenizer.content}"):
         parsed = parser.parse_args(["--tokenizer=FileTokenizer", f"--tokenizer.{option}"])
-        assert parser.instantiate_classes(parsed).tokenizer == tokenizer
+        assert parser.instantiate(parsed).tokenizer == tokenizer
 
 
 # What cannot be.
