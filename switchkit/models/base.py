@@ -30,6 +30,7 @@ __all__ = [
     "last",
     "layer_widths",
     "leak",
+    "own_options",
     "sparse_layers",
     "through",
     "uncacheable",
@@ -123,10 +124,14 @@ def sparse_layers(placement: str | Sequence[int], num_layers: int) -> tuple[int,
     return tuple(sorted(set(placement)))
 
 
+def own_options(build: object) -> dict[str, Any]:
+    """What a factory was given of its own, which goes before what the model would pass."""
+    return build.keywords if isinstance(build, partial) else {}
+
+
 def dense_layer(build: FeedForwardFactory, d_model: int, d_ff: int, dropout: float) -> nn.Module:
     """A dense layer with the model's dropout, unless `build` was given one."""
-    given = build.keywords if isinstance(build, partial) else {}
-    return build(d_model=d_model, d_ff=d_ff, dropout=given.get("dropout", dropout))
+    return build(d_model=d_model, d_ff=d_ff, dropout=own_options(build).get("dropout", dropout))
 
 
 def layer_widths(d_ff: int | Sequence[int], num_layers: int, name: str = "d_ff") -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from switchkit.models.base import (
     dense_layer,
     layer_widths,
     leak,
+    own_options,
     sparse_layers,
     through,
     uncacheable,
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
                 "every(2), or leave it out"
             )
         rotary = positions == "rotary"
-        own = attention.keywords if isinstance(attention, partial) else {}
+        own = own_options(attention)
         if own.get("rotary", rotary) != rotary:
             raise ValueError(
                 f"attention has rotary={own['rotary']}, and positions={positions!r}: leave rotary out, which follows "
